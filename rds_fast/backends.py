@@ -1,0 +1,149 @@
+"""Which implementation of an operation runs, and why.
+
+Three implementations stand behind every operation:
+
+- ``"reference"``: plain PyTorch (``rds_fast.reference``), everywhere;
+- ``"native"``: C++ for CPU, CUDA C++ for NVIDIA GPUs, where they were built;
+- ``"triton"``: Triton kernels for GPUs; on CPU tensors only in Triton's interpreter (``TRITON_INTERPRET=1``).
+
+The choice is made once, in the forward, and handed to every backward as an argument: the backward of a CUDA operation
+runs on another thread, where thread-local state and context variables do not follow.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+BACKENDS = ("reference", "native", "triton")
+
+# The order in which "auto" tries the implementations, by device. CPU: Triton's interpreter is for tests, never chosen.
+# CUDA: native first, because one launch costs a few microseconds less on the host than Triton's launcher, which is
+# what short rows wait for. Anything else (MPS, XLA): PyTorch.
+_PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
+
+_LIBRARIES = {"cpu": "_native_cpu.so", "cuda": "_native_cuda.so"}
+
+_requested: ContextVar[str] = ContextVar("rds_fast_backend", default="auto")
+
+
+@functools.cache
+def _native_failure(device_type: str) -> str | None:
+    """Loads the native library of a device; None if its kernels are usable, else the reason why not."""
+    if device_type not in _LIBRARIES:
+        return f"there are no native kernels for {device_type}"
+    if device_type == "cuda":
+        if not torch.cuda.is_available():
+            return "no CUDA device is present"
+        if torch.version.hip is not None:
+            return "the native kernels are CUDA C++, and this is a ROCm build of PyTorch"
+        failure = _native_failure("cpu")  # it declares the schemas that the CUDA library implements
+        if failure is not None:
+            return failure
+    path = Path(__file__).parent / _LIBRARIES[device_type]
+    if not path.exists():
+        return f"{path.name} was not built (see 'Building' in README.md)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} was built for another PyTorch or system and cannot be loaded: {error}"
+    return None
+
+
+@functools.cache
+def _triton_failure(device_type: str) -> str | None:
+    """None if the Triton kernels are usable on a device, else the reason why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'rds_fast[triton]')"
+    if device_type == "cuda":
+        return None if torch.cuda.is_available() else "no CUDA device is present"
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"Triton does not run on {device_type} (on cpu: only in its interpreter, TRITON_INTERPRET=1)"
+
+
+def failure(backend: str, device_type: str) -> str | None:
+    """Why ``backend`` cannot run on ``device_type``; None if it can."""
+    if backend == "native":
+        return _native_failure(device_type)
+    if backend == "triton":
+        return _triton_failure(device_type)
+    return None
+
+
+def available(device: torch.device | str | None = None) -> tuple[str, ...]:
+    """The implementations usable on a device.
+
+    Args:
+        device: a device or its name; default: ``"cuda"`` where a CUDA device is present, else ``"cpu"``.
+
+    Returns:
+        A tuple of ``"reference"``, ``"native"``, ``"triton"``, those that can run there.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device_type = torch.device(device).type
+    return tuple(backend for backend in BACKENDS if failure(backend, device_type) is None)
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Force one implementation for the operations called inside the ``with`` block, and for their backwards.
+
+    Args:
+        backend: ``"auto"`` (the default outside), ``"reference"``, ``"native"`` or ``"triton"``.
+
+    Raises:
+        ValueError: the name is none of these.
+        RuntimeError: raised by the operation, not here, if the implementation cannot run on its input's device.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend is {backend!r}; it must be one of 'auto', 'reference', 'native', 'triton'")
+    token = _requested.set(backend)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+@functools.cache
+def automatic(device_type: str) -> str:
+    """What "auto" means on a device."""
+    order = _PREFERENCE.get(device_type, ("reference",))
+    return next(backend for backend in order if failure(backend, device_type) is None)
+
+
+def select(x: Tensor) -> str:
+    """The implementation that an operation on ``x`` uses now.
+
+    Under the compiler's tracer it is the reference: the compiler fuses the plain formula itself, and a compiled
+    ``torch.func.grad`` of nested autograd Functions is wrong without an error. In forward mode it is the reference as
+    well: nested forward-mode derivatives lose terms in autograd Functions, again without an error. On meta tensors
+    nothing runs, and the fused operation is to be seen whatever was built.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return "reference"
+    device_type = x.device.type
+    requested = _requested.get()
+    if requested == "reference":
+        return "reference"
+    if device_type == "meta":
+        return "native"
+    if requested == "auto":
+        return automatic(device_type)
+    reason = failure(requested, device_type)
+    if reason is not None:
+        raise RuntimeError(
+            f"backend {requested!r} was requested for a tensor on {device_type}, where it cannot run: {reason}. "
+            f"Usable there: {', '.join(available(device_type))}."
+        )
+    return requested

@@ -1,0 +1,89 @@
+"""How a fused kernel becomes a ``torch.library`` operation under ``rds_fast::``.
+
+Every fused operation works row by row: dimension 0 of each tensor argument and of each result counts samples. That is
+what makes one batching rule serve them all. Its last argument names the backend that runs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("rds_fast", "DEF")
+
+
+@functools.cache
+def _kernel(file: str, name: str, backend: str) -> Callable[..., Any]:
+    """The kernel ``name`` of a backend: it has the same name, in a file of the same name, in every layer."""
+    if backend == "native":
+        return getattr(torch.ops.rds_fast_native, name).default
+    if backend == "triton":
+        return getattr(importlib.import_module(f"rds_fast.kernels.{file}"), name)
+    raise ValueError(f"backend is {backend!r}; a fused operation runs on 'native' or 'triton'")
+
+
+def register(file: str, schema: str, fake: Callable[..., Any]) -> Any:
+    """Define one fused operation.
+
+    Args:
+        file: the name of the file, without its suffix, that holds the kernels in each layer.
+        schema: ``name(Tensor x, …, str backend) -> …``.
+        fake: allocates the results without computing them; it takes the schema's arguments.
+
+    Returns:
+        The operation, to be called with the schema's arguments. It has no derivative of its own: it raises when
+        differentiated. The derivatives are the autograd Functions beside it.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    qualified_name = f"rds_fast::{name}"
+
+    def run(*arguments: Any) -> Any:
+        return _kernel(file, name, arguments[-1])(*arguments[:-1])
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(
+            f"{qualified_name} has no derivative of its own; call the public operation of rds_fast, which has two"
+        )
+
+    _library.impl(name, run, "CPU")
+    _library.impl(name, run, "CUDA")
+    torch.library.register_fake(qualified_name, fake, lib=_library)
+    torch.library.register_autograd(qualified_name, refuse, lib=_library)
+    operation = getattr(torch.ops.rds_fast, name).default
+    torch.library.register_vmap(qualified_name, functools.partial(_run_batched, operation), lib=_library)
+    return operation
+
+
+def _run_batched(operation: Any, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    """The batching rule: a batch of B inputs of N rows is one input of B·N rows."""
+    rows = 0
+    flat = []
+    for argument, in_dim in zip(arguments, in_dims, strict=True):
+        if isinstance(argument, Tensor):
+            batched = (
+                argument.expand(info.batch_size, *argument.shape) if in_dim is None else argument.movedim(in_dim, 0)
+            )
+            rows = batched.shape[1]
+            argument = batched.reshape(info.batch_size * rows, *batched.shape[2:])
+        flat.append(argument)
+    results = operation(*flat)
+    if isinstance(results, Tensor):
+        return results.reshape(info.batch_size, rows, *results.shape[1:]), 0
+    return (
+        tuple(result.reshape(info.batch_size, rows, *result.shape[1:]) for result in results),
+        (0,) * len(results),
+    )
+
+
+def third_derivative(operation: str) -> RuntimeError:
+    """The error that ends the chain of derivatives."""
+    return RuntimeError(
+        f"the third derivative of {operation} was asked for, and the fused operation has two; "
+        "use rds_fast.use_backend('reference') for higher orders"
+    )
