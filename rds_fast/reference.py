@@ -47,13 +47,14 @@ def gradient_norm(gradient: Tensor, p: float = 2.0, power: float = 1.0) -> Tenso
 
     The row is divided by its largest magnitude m before any power is taken, so nothing overflows or underflows where
     the result is representable. m is a constant of the derivative: the norm is homogeneous, so it cancels exactly.
-    Coordinates at zero, and rows that are zero throughout, are kept out of every power and so have derivative 0.
+    Zero coordinates (but for p = 2) and rows that are zero throughout are kept out of every power and so have
+    derivative 0.
     """
     x = gradient.flatten(1) if gradient.dim() > 1 else gradient.unsqueeze(1)
     x = x.to(accumulation_dtype(x.dtype))
     if x.shape[1] == 0:
-        return gradient.new_zeros(x.shape[0])
-    if p == 2.0 and power == 2.0:  # smooth everywhere: ΣX² has the second derivative 2 at a zero row too
+        return x.sum(1).to(gradient.dtype)
+    if p == 2.0 and power == 2.0:  # smooth everywhere: Σ x² has the second derivative 2 at a zero row too
         return x.square().sum(1).to(gradient.dtype)
     largest = x.detach().abs().amax(1, keepdim=True)
     scale = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
@@ -63,8 +64,11 @@ def gradient_norm(gradient: Tensor, p: float = 2.0, power: float = 1.0) -> Tenso
     elif math.isinf(p):
         norm = magnitude.amax(1)  # amax shares the gradient evenly among ties
     else:
-        zero = magnitude == 0
-        powers = torch.where(zero, 0.0, torch.where(zero, 1.0, magnitude).pow(p))
+        if p == 2.0:  # a square is smooth at a zero coordinate
+            powers = (x / scale).square()
+        else:
+            zero = magnitude == 0
+            powers = torch.where(zero, 0.0, torch.where(zero, 1.0, magnitude).pow(p))
         sum_of_powers = powers.sum(1)
         empty = sum_of_powers == 0
         norm = torch.where(empty, 0.0, torch.where(empty, 1.0, sum_of_powers).pow(1.0 / p))

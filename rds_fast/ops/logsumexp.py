@@ -1,6 +1,7 @@
 """Log-sum-exp over any dimensions, differentiable twice.
 
-With l = log Σ exp xᵢ and s = exp(x − l) for each row, g the cotangent of l and v the cotangent of the backward's result:
+With l = log Σ exp xᵢ and s = exp(x − l) for each row, g the cotangent of l and v the cotangent of the backward's
+result:
 
     forward            l
     backward           gx = g s
@@ -33,7 +34,9 @@ def _forward_fake(x: Tensor, full_precision: bool, backend: str) -> tuple[Tensor
 
 # x: (N, C) of unit column stride. The result is (N,), of x's dtype or, if full_precision, of the accumulation dtype.
 # saved is (N, 1), the log-sum-exp in the accumulation dtype, or (N, 0) where the result itself already is that.
-_forward = register("logsumexp", "logsumexp(Tensor x, bool full_precision, str backend) -> (Tensor, Tensor)", _forward_fake)
+_forward = register(
+    "logsumexp", "logsumexp(Tensor x, bool full_precision, str backend) -> (Tensor, Tensor)", _forward_fake
+)
 
 # g: (N,), of x's dtype or the accumulation dtype. lse: (N,), contiguous, of the accumulation dtype. Result: as x.
 _backward = register(
@@ -55,6 +58,11 @@ def with_unit_column_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def saved_logsumexp(lse: Tensor, saved: Tensor) -> Tensor:
+    """The (N,) log-sum-exp in the accumulation dtype: the saved column, or the result where that is it already."""
+    return saved.squeeze(-1) if saved.shape[-1] else lse
+
+
 class LogSumExp(Function):
     """(N, C) rows to their log-sum-exp (N,)."""
 
@@ -70,14 +78,13 @@ class LogSumExp(Function):
         result, saved = output
         ctx.mark_non_differentiable(saved)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, saved.flatten() if saved.shape[-1] else result)
+        ctx.save_for_backward(x, saved_logsumexp(result, saved))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: Any) -> Any:
         if g is None:
             return None, None, None
         return LogSumExpBackward.apply(g, *ctx.saved_tensors, ctx.backend), None, None
-
 
 
 class LogSumExpBackward(Function):
@@ -103,7 +110,6 @@ class LogSumExpBackward(Function):
         return dg, dx, None, None
 
 
-
 class LogSumExpDoubleBackward(Function):
     """dg = Σ v s, dx = g s (v − Σ v s): the last derivative."""
 
@@ -120,7 +126,6 @@ class LogSumExpDoubleBackward(Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise third_derivative("rds_fast.logsumexp")
-
 
 
 def full_precision(x: Tensor) -> bool:

@@ -70,7 +70,8 @@ def _run_batched(operation: Any, info: Any, in_dims: tuple[int | None, ...], *ar
                 argument.expand(info.batch_size, *argument.shape) if in_dim is None else argument.movedim(in_dim, 0)
             )
             rows = batched.shape[1]
-            argument = batched.reshape(info.batch_size * rows, *batched.shape[2:])
+            # contiguous: a view of a batch can have any strides, and the kernels need unit columns
+            argument = batched.reshape(info.batch_size * rows, *batched.shape[2:]).contiguous()
         flat.append(argument)
     results = operation(*flat)
     if isinstance(results, Tensor):

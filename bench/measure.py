@@ -1,0 +1,141 @@
+"""Timing and records that every bench shares.
+
+Machines are noisy, so the providers of one case are run in turn, round after round, and a provider's rate is given
+beside its ratio to the copy of the same round. A record names its device, versions and commit: without them a figure
+is not a result.
+"""
+
+from __future__ import annotations
+
+import csv
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+FIELDS = [
+    "operation",
+    "provider",
+    "mode",
+    "metric",
+    "unit",
+    "size",
+    "p20",
+    "p50",
+    "p80",
+    "dtype",
+    "device",
+    "threads",
+    "torch",
+    "triton",
+    "cuda",
+    "commit",
+    "time",
+]
+
+
+def device_name(device: torch.device) -> str:
+    """The device's own name; for a CPU the processor's, as the system gives it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _version(module: str) -> str:
+    try:
+        return str(__import__(module).__version__)
+    except ImportError:
+        return ""
+
+
+def commit() -> str:
+    """The commit of this tree, with ``+`` where files differ from it; empty outside a repository."""
+    here = Path(__file__).parent
+    try:
+        name = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True)
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no", "--", "..", ":!results"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+        )
+    except OSError:
+        return ""
+    return "" if name.returncode else name.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _seconds_cpu(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _seconds_cuda(function: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
+
+
+def interleaved_seconds(
+    functions: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, warm_up: int = 3
+) -> dict[str, numpy.ndarray]:
+    """Seconds of each function in each round, (rounds,) a function; the order within a round rotates."""
+    seconds = _seconds_cuda if device.type == "cuda" else _seconds_cpu
+    names = list(functions)
+    for name in names:
+        for _ in range(warm_up):
+            functions[name]()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    times = {name: numpy.empty(rounds) for name in names}
+    for round_number in range(rounds):
+        shift = round_number % len(names)
+        for name in names[shift:] + names[:shift]:
+            times[name][round_number] = seconds(functions[name])
+    return times
+
+
+class Results:
+    """Appends records to ``results/<device>/<bench>.csv``."""
+
+    def __init__(self, bench: str, device: torch.device) -> None:
+        name = device_name(device)
+        folder = "".join(c if c.isalnum() else "-" for c in name).strip("-").lower()
+        while "--" in folder:
+            folder = folder.replace("--", "-")
+        self.path = RESULTS / folder / f"{bench}.csv"
+        self.common = {
+            "device": name,
+            "threads": torch.get_num_threads() if device.type == "cpu" else "",
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "cuda": torch.version.cuda or "",
+            "commit": commit(),
+            "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+
+    def append(self, values: numpy.ndarray, **record: str) -> None:
+        """One record: the 20th, 50th and 80th percentile of ``values``, and the fields of ``record``."""
+        p20, p50, p80 = (f"{value:.4g}" for value in numpy.percentile(values, (20, 50, 80)))
+        row = {**self.common, **record, "p20": p20, "p50": p50, "p80": p80}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)

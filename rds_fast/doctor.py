@@ -1,0 +1,76 @@
+"""``rds-fast doctor``: what is built, what will run here, and why not the rest."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from . import backends
+
+OPERATIONS = ("logsumexp", "cross_entropy_with_logsumexp", "gradient_norm")
+_OPTIONAL = ("triton", "torchvision", "mlxtend", "matplotlib", "typer", "rich", "safetensors")
+
+
+def version_of(distribution: str) -> str:
+    """The installed version of a distribution, or ``not installed``."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def build_information() -> dict[str, Any] | None:
+    """What the native build recorded of itself; None where it was not built."""
+    if importlib.util.find_spec("rds_fast._build_info") is None:
+        return None
+    return dict(importlib.import_module("rds_fast._build_info").build_information())
+
+
+def report() -> list[tuple[str, list[tuple[str, str]]]]:
+    """The findings as sections of (name, value)."""
+    versions = [
+        ("rds_fast", version_of("rds_fast")),
+        ("python", platform.python_version()),
+        ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"),
+        *((name, version_of(name)) for name in _OPTIONAL),
+    ]
+    built = build_information()
+    native = (
+        [(name, str(value)) for name, value in built.items()]
+        if built is not None
+        else [("native kernels", "not built (see 'Building' in README.md)")]
+    )
+    sections = [("versions", versions), ("native build", native)]
+    for device_type in ("cpu", "cuda"):
+        chosen = backends.automatic(device_type) if device_type == "cpu" or torch.cuda.is_available() else None
+        device = [(operation, chosen or "cannot run: no CUDA device is present") for operation in OPERATIONS]
+        for backend in backends.BACKENDS:
+            reason = backends.failure(backend, device_type)
+            if reason is not None:
+                device.append((f"not {backend}", reason))
+        sections.append((f"on {device_type}", device))
+    if torch.cuda.is_available():
+        gpus = [
+            (
+                f"cuda:{index}",
+                f"{torch.cuda.get_device_name(index)}, sm_{''.join(map(str, torch.cuda.get_device_capability(index)))}",
+            )
+            for index in range(torch.cuda.device_count())
+        ]
+        sections.append(("devices", gpus))
+    return sections
+
+
+def doctor() -> None:
+    """Print versions, what is built, which backend each operation will use on this machine, and why not the others."""
+    for title, entries in report():
+        print(title)
+        width = max(len(name) for name, _ in entries)
+        for name, value in entries:
+            print(f"  {name:{width}}  {value}")
+        print()
