@@ -46,7 +46,7 @@ bench: setup
 
 gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m pytest -m gpu -p no:cacheprovider
+	$(PYTHON) -m pytest -m gpu tests/gpu -p no:cacheprovider
 	$(PYTHON) bench/kernels.py --device cuda
 
 lint: $(VENV)/.dependencies
