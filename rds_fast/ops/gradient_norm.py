@@ -165,6 +165,7 @@ def check_norm(p: float, power: float) -> None:
 
 def _rows(gradient: Tensor) -> Tensor:
     """(N, D) rows of a non-contiguous gradient, as a view wherever each sample is dense in memory."""
-    dims = sorted(range(1, gradient.dim()), key=lambda d: -gradient.stride(d))
+    strides = gradient.stride()
+    dims = sorted(range(1, gradient.dim()), key=lambda d: -strides[d])
     rows = gradient.permute(0, *dims)
     return with_unit_column_stride(rows.reshape(gradient.shape[0], -1))
