@@ -1,9 +1,28 @@
 """Training with penalties on input gradients, exactly and fast."""
 
-from . import backends
+from . import backends, evaluation
 from .backends import use_backend
 from .ops.cross_entropy import cross_entropy_with_logsumexp
 from .ops.gradient_norm import gradient_norm
 from .ops.logsumexp import logsumexp
+from .penalties import schedules
+from .penalties.density import DensityPenalty, density_penalty, density_penalty_from_logits, log_density
+from .penalties.input_gradient import InputGradientPenalty
+from .penalties.loss import LossTerms, PenalizedLoss
 
-__all__ = ["backends", "cross_entropy_with_logsumexp", "gradient_norm", "logsumexp", "use_backend"]
+__all__ = [
+    "DensityPenalty",
+    "InputGradientPenalty",
+    "LossTerms",
+    "PenalizedLoss",
+    "backends",
+    "cross_entropy_with_logsumexp",
+    "density_penalty",
+    "density_penalty_from_logits",
+    "evaluation",
+    "gradient_norm",
+    "log_density",
+    "logsumexp",
+    "schedules",
+    "use_backend",
+]

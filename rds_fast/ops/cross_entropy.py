@@ -244,7 +244,7 @@ def _check(logits: Tensor, target: Tensor, label_smoothing: float) -> None:
         raise ValueError(f"label_smoothing is {label_smoothing}; it must be in [0, 1]")
 
 
-def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None:
+def check_class_indices(target: Tensor, classes: int, ignore_index: int | None = None) -> None:
     """Raise IndexError if a class index is outside [0, classes) and is not ``ignore_index``.
 
     It reads values, so it is for CPU tensors; under ``torch.func`` transforms it reads those of the whole batch.
@@ -255,12 +255,15 @@ def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None
     target = _layers(target)[-1]
     if target.is_meta or isinstance(target, torch._subclasses.FakeTensor) or not target.numel():
         return
-    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    bad = (target < 0) | (target >= classes)
+    if ignore_index is not None:
+        bad &= target != ignore_index
     if bad.any():
         position = tuple(bad.nonzero()[0].tolist())
+        ignored = "" if ignore_index is None else f" or equal to ignore_index ({ignore_index})"
         raise IndexError(
             f"target[{', '.join(map(str, position))}] is {int(target[position])}; class indices must be in "
-            f"[0, {classes}) or equal to ignore_index ({ignore_index})"
+            f"[0, {classes}){ignored}"
         )
 
 

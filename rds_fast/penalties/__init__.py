@@ -1,0 +1,1 @@
+"""Penalties on input gradients, and the loss that adds them to the cross-entropy."""

@@ -1,0 +1,177 @@
+"""What a penalty needs of its arguments, and what it says when it does not get it.
+
+No check reads a value of a tensor on a device: shapes, dtypes, flags and the names of autograd nodes are enough. A
+penalty that cannot be right raises; the danger that all of these guard against is a penalty that is silently zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Nodes that pass the logits on as they are. The number at the end of a node's name is stripped before the comparison.
+_PASSED_ON = frozenset(
+    f"{operation}Backward"
+    for operation in ("Alias", "Clone", "ReshapeAlias", "Squeeze", "ToCopy", "UnsafeView", "Unsqueeze", "View")
+)
+
+# How many such nodes are looked through. A head has one or two: a cast, a flattening.
+_LONGEST_PASSAGE = 8
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+
+
+def check_input(x: Any) -> None:
+    """x is a batch of floating-point inputs that autograd can follow."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}; it must be a torch.Tensor of shape (N, ...)")
+    if not x.is_floating_point():
+        raise TypeError(
+            f"x is {x.dtype}, which has no gradient; it must be floating point. Convert it first, for example images "
+            "of bytes with x.float() / 255"
+        )
+    if x.dim() == 0:
+        raise ValueError("x has no dimension; it must have shape (N, ...), one sample a row")
+    if x.is_inference():
+        raise RuntimeError(
+            "x was made in torch.inference_mode, so autograd cannot follow it; make it outside, or pass x.clone()"
+        )
+
+
+def check_grad_enabled() -> None:
+    """A penalty is a gradient, so gradients must be enabled where it is computed, for evaluation too."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "the penalty was called in torch.inference_mode, and it needs the gradient of the model with respect to x; "
+            "call it outside (for its value alone, .detach() the result)"
+        )
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "the penalty was called with gradients disabled (torch.no_grad), and it needs the gradient of the model "
+            "with respect to x; call it under torch.enable_grad() (for its value alone, .detach() the result)"
+        )
+
+
+def check_logits(logits: Any, x: Tensor) -> None:
+    """logits is one floating-point tensor (N, C)."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the model returned a {type(logits).__name__}; a penalty needs one tensor of logits (N, C). Wrap the "
+            "model so that it returns its logits alone (for GoogLeNet and Inception: without auxiliary outputs)"
+        )
+    if not logits.is_floating_point():
+        raise TypeError(f"the logits are {logits.dtype}; they must be floating point, the model's output before argmax")
+    if logits.dim() != 2 or logits.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"the logits have shape {tuple(logits.shape)} for x of shape {tuple(x.shape)}; they must be (N, C), one "
+            f"row for each of the {x.shape[0]} samples. Pool or flatten further dimensions inside the model"
+        )
+
+
+def no_path() -> RuntimeError:
+    """The error where the logits do not depend on x differentiably: its gradient would be zero without a word."""
+    return RuntimeError(
+        "there is no gradient path from x to the logits, and the penalty needs one; look for torch.no_grad, .detach(), "
+        ".data, .item() or an integer conversion inside the model, or for logits computed from another tensor than x"
+    )
+
+
+def refuse_compiled(model: Any) -> None:
+    """What torch.compile makes can be differentiated once, and an exact penalty differentiates it twice."""
+    # By name: importing torch._dynamo for isinstance takes a second, in processes that never compile anything.
+    for module in model.modules() if isinstance(model, torch.nn.Module) else ():
+        if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
+            raise _compiled(f"the model holds a compiled {type(getattr(module, '_orig_mod', module)).__name__}")
+    if hasattr(model, "_torchdynamo_orig_callable"):
+        raise _compiled("the model is a compiled function")
+
+
+def refuse_compiled_logits(logits: Tensor) -> None:
+    """The same by the logits' autograd node. A compiled function deeper in the graph raises in PyTorch's backward."""
+    head = _head(logits)
+    if head is not None and head.name().startswith("CompiledFunction"):
+        raise _compiled("the logits come from a compiled function")
+
+
+def _compiled(found: str) -> RuntimeError:
+    return RuntimeError(
+        f"{found} (torch.compile), which cannot be differentiated twice, as the exact penalty needs; pass the model "
+        "that was not compiled (compiled_model._orig_mod is it), or use DensityPenalty(method='finite_difference')"
+    )
+
+
+def check_given_logits(logits: Tensor, x: Tensor) -> None:
+    """What holds by construction where a penalty runs the model itself."""
+    check_input(x)
+    check_grad_enabled()
+    check_logits(logits, x)
+    if not x.requires_grad:
+        raise RuntimeError(
+            "x does not require a gradient, so the logits have no gradient path from it; call x.requires_grad_() "
+            "before the model, or let the penalty run the model: penalty(model, x, y)"
+        )
+    if not logits.requires_grad:
+        raise no_path()
+    refuse_compiled_logits(logits)
+
+
+def refuse_normalised(logits: Tensor) -> None:
+    """Log-probabilities have log Σ exp = 0 for every x, so the density penalty of them is identically zero."""
+    head = _head(logits)
+    if head is None:
+        return
+    name = head.name()
+    normalised = name.startswith("LogSoftmaxBackward") and not _over_samples(head._saved_dim)
+    if name.startswith("SubBackward"):  # f − log Σ exp f, written out
+        (minuend, _), (subtrahend, _) = head.next_functions[:2]
+        normalised = (
+            subtrahend is not None
+            and subtrahend.name().startswith("LogsumexpBackward")
+            and subtrahend.next_functions[0][0] is minuend
+        )
+    if normalised:
+        raise ValueError(
+            "the model ends in log-softmax: its outputs are log-probabilities, whose log-sum-exp is 0 for every x, so "
+            "the density penalty would be identically zero; return the logits before the log-softmax (and train with "
+            "cross-entropy in the place of the negative log-likelihood)"
+        )
+
+
+def _over_samples(dim: int) -> bool:
+    """Whether a softmax's saved dim is the samples'. Negative dims are saved as unsigned 64-bit numbers."""
+    return dim in (0, 2**64 - 2)
+
+
+def _head(logits: Tensor) -> Any:
+    """The autograd node that computed the logits, behind views and casts; None for a leaf."""
+    node = logits.grad_fn
+    for _ in range(_LONGEST_PASSAGE):
+        if node is None or node.name().rstrip("0123456789") not in _PASSED_ON:
+            break
+        node = node.next_functions[0][0]
+    return node
+
+
+def check_labels(labels: Any, logits: Tensor) -> None:
+    """labels are class indices of the logits' rows. Their range is checked by the caller, where it is free."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"y is a {type(labels).__name__}; it must be a torch.Tensor of class indices (N,)")
+    if labels.dtype != torch.int64:
+        raise TypeError(
+            f"y is {labels.dtype}; the gradient of the target's logit needs class indices, torch.int64. Convert other "
+            "integers with y.long(); for probabilities use of='cross_entropy'"
+        )
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"y has shape {tuple(labels.shape)}; class indices for logits of shape {tuple(logits.shape)} must have "
+            f"shape {tuple(logits.shape[:1])}"
+        )
+    if labels.device != logits.device:
+        raise ValueError(f"y is on {labels.device} and the logits on {logits.device}; move one to the other's device")

@@ -1,0 +1,159 @@
+"""The inner pass: the gradient with respect to x that a penalty is the norm of.
+
+Per-sample gradients come from one backward of the sum over samples, which is right only if samples do not interact.
+Batch norm in train mode couples them: the gradient of sample n then holds what x_n does to the other samples' outputs
+through the batch statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..backends import use_backend
+from ..ops.gradient_norm import gradient_norm
+from .checks import check_grad_enabled, check_input, check_logits, no_path
+
+# The cotangent of the inner pass where it may run in float16. It lifts what lies below 6e-8, float16's least number,
+# and leaves room below 65504 for gradients of up to 255. A power of two, so that undoing it in float32 is exact. It is
+# no larger because an overflow here would last: the gradient scaler cannot lower it.
+FLOAT16_COTANGENT = 2.0**8
+
+
+class PerSample(NamedTuple):
+    """What one shared forward gives. cross_entropy is None where it was not asked for."""
+
+    penalty: Tensor
+    cross_entropy: Tensor | None
+    logits: Tensor
+
+
+def implementation(fast: bool) -> AbstractContextManager[None]:
+    """``fast=False``: the operations inside run on plain PyTorch."""
+    return nullcontext() if fast else use_backend("reference")
+
+
+def differentiable_input(x: Tensor) -> Tensor:
+    """An alias of x to differentiate with respect to.
+
+    The inner pass leaves no trace on x: neither ``x.grad``, nor its hooks, nor ``requires_grad`` see it. If x itself
+    requires a gradient the alias is a view, so that the penalty stays differentiable with respect to x.
+    """
+    check_input(x)
+    check_grad_enabled()
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+
+
+def forward(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The model's logits, checked."""
+    logits = model(x)
+    check_logits(logits, x)
+    if not logits.requires_grad:
+        raise no_path()
+    return logits
+
+
+def input_gradient(output: Tensor, x: Tensor, *, cotangent: float = 1.0, create_graph: bool) -> Tensor:
+    """The gradient of Σ cotangent · output with respect to x, outside autocast, which is for forwards.
+
+    Without ``create_graph`` the graph of the output is kept for the training step's own backward, and none is added.
+    """
+    cotangents = torch.full((), cotangent, dtype=output.dtype, device=output.device).expand_as(output)
+    with without_autocast(x.device):
+        (gradient,) = torch.autograd.grad(
+            output, x, cotangents, create_graph=create_graph, retain_graph=True, allow_unused=True
+        )
+    if gradient is None:
+        raise no_path()
+    return gradient
+
+
+def input_gradient_norm(output: Tensor, x: Tensor, p: float, power: float) -> Tensor:
+    """``‖∇ₓ output‖ₚ^power`` of each sample, (N,), differentiable: the inner pass with its graph."""
+    cotangent = FLOAT16_COTANGENT if _in_float16(output, x) else 1.0
+    gradient = input_gradient(output, x, cotangent=cotangent, create_graph=True)
+    if cotangent == 1.0:
+        return gradient_norm(gradient, p, power=power)
+    return gradient_norm(gradient.float(), p, power=power) * cotangent**-power
+
+
+def _in_float16(output: Tensor, x: Tensor) -> bool:
+    if torch.float16 in (output.dtype, x.dtype):
+        return True
+    return autocast_enabled(x.device) and torch.get_autocast_dtype(x.device.type) == torch.float16
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Autocast off inside; nothing at all where it is off already."""
+    return torch.autocast(device.type, enabled=False) if autocast_enabled(device) else nullcontext()
+
+
+class RandomState:
+    """The state of the generators that a model on x's device draws from, to draw the same numbers again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._accelerator = None if device.type in ("cpu", "meta") else device
+        self._cpu_state = torch.get_rng_state()
+        if self._accelerator is not None:
+            self._module = torch.get_device_module(device)
+            self._accelerator_state = self._module.get_rng_state(device)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Draw inside what was drawn since; afterwards the generators are as before the block."""
+        devices = [] if self._accelerator is None else [self._accelerator]
+        device_type = "cuda" if self._accelerator is None else self._accelerator.type
+        with torch.random.fork_rng(devices, device_type=device_type):
+            torch.set_rng_state(self._cpu_state)
+            if self._accelerator is not None:
+                self._module.set_rng_state(self._accelerator_state, self._accelerator)
+            yield
+
+
+@contextmanager
+def frozen_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Forwards inside leave the model's buffers alone: running statistics and the counts of batches seen.
+
+    Normalisation still uses the batch's own statistics in train mode. Batch norm is told not to track, which costs
+    nothing. Other modules that are training get copies of their buffers, and the originals back afterwards: copying
+    values back would spoil the graph of a forward that read them.
+    """
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    training: list[Any] = [module for module in modules if module.training and module._buffers]
+    tracking = [m for m in training if _is_batch_norm(m) and m.track_running_stats]
+    buffers = [(m, m._buffers) for m in training if not _is_batch_norm(m)]
+    try:
+        for module in tracking:
+            module.track_running_stats = False
+        for module, original in buffers:
+            module._buffers = {name: None if b is None else b.detach().clone() for name, b in original.items()}
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True
+        for module, original in buffers:
+            module._buffers = original
+
+
+def _is_batch_norm(module: torch.nn.Module) -> bool:
+    """Whether a module's forward is PyTorch's own, which obeys ``track_running_stats``; a subclass's need not."""
+    return isinstance(module, _BatchNorm) and type(module).forward in (
+        _BatchNorm.forward,
+        torch.nn.SyncBatchNorm.forward,
+    )
+
+
+def reduce(penalty: Tensor, reduction: str) -> Tensor:
+    """The penalties of the samples to their mean or sum, or as they are."""
+    if reduction == "mean":
+        return penalty.mean()
+    return penalty.sum() if reduction == "sum" else penalty

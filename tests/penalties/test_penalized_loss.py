@@ -1,0 +1,204 @@
+"""The loss: its terms, its gradients, the forwards it runs, the operations it uses, and its weight."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import penalty_references as references
+import pytest
+import torch
+from penalty_references import CLASSES, NETWORKS, assert_same_gradients, batch, cnn, gradients
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rds_fast.penalties import schedules
+from rds_fast.penalties.density import DensityPenalty, density_penalty
+from rds_fast.penalties.input_gradient import InputGradientPenalty
+from rds_fast.penalties.loss import LossTerms, PenalizedLoss
+
+EXACT = {
+    "density": (DensityPenalty(p=1.5), lambda model, x, y: references.eager_density(model, x, 1.5)),
+    "cross_entropy": (
+        InputGradientPenalty(),
+        lambda model, x, y: references.eager_input_gradient(model, x, y, "cross_entropy"),
+    ),
+    "target_logit": (
+        InputGradientPenalty(p=1.0, power=1, of="target_logit"),
+        lambda model, x, y: references.eager_input_gradient(model, x, y, "target_logit", 1.0, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_gradients_of_the_total(network: str, name: str, fast: bool) -> None:
+    penalty, truth_of = EXACT[name]
+    model = NETWORKS[network]()
+    x, y = batch()
+    x.requires_grad_()
+    terms = PenalizedLoss(penalty, 0.7, fast=fast)(model, x, y)
+    assert isinstance(terms, LossTerms)
+    truth = nn.functional.cross_entropy(model(x), y) + 0.7 * truth_of(model, x, y).mean()
+    torch.testing.assert_close(terms.total, truth, rtol=1e-12, atol=0)
+    torch.testing.assert_close(terms.total, terms.cross_entropy + 0.7 * terms.penalty)
+    torch.testing.assert_close(terms.logits, model(x))
+    assert_same_gradients(gradients(terms.total, model, x), gradients(truth, model, x))
+
+
+def test_gradients_of_the_finite_difference_total() -> None:
+    model, (x, y) = cnn(training=True), batch()
+    penalty = DensityPenalty(method="finite_difference")
+    terms = PenalizedLoss(penalty, 0.7)(model, x, y)
+    truth = nn.functional.cross_entropy(model(x), y) + 0.7 * penalty(model, x)
+    assert_same_gradients(gradients(terms.total, model), gradients(truth, model))
+
+
+def test_probabilities_and_ignored_labels() -> None:
+    model, (x, y) = NETWORKS["mlp"](), batch()
+    probabilities = torch.rand(6, CLASSES, dtype=torch.float64).softmax(1)
+    y[2] = -100
+    for labels in (y, probabilities):
+        terms = PenalizedLoss(DensityPenalty())(model, x, labels)
+        torch.testing.assert_close(terms.cross_entropy, nn.functional.cross_entropy(model(x), labels))
+        torch.testing.assert_close(terms.penalty, density_penalty(model, x))  # of every sample, ignored or not
+
+
+class OwnPenalty:
+    """A penalty of one's own, with nothing but the protocol."""
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return model(x).square().mean()
+
+
+class OwnSharedPenalty(OwnPenalty):
+    def from_logits(self, logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return torch.autograd.grad(logits.sum(), x, create_graph=True)[0].square().mean()
+
+
+@pytest.mark.parametrize(
+    ("penalty", "forwards"),
+    [
+        (DensityPenalty(), 1),
+        (InputGradientPenalty(), 1),
+        (InputGradientPenalty(of="target_logit"), 1),
+        (DensityPenalty(method="finite_difference"), 2),
+        (OwnSharedPenalty(), 1),
+        (OwnPenalty(), 2),
+    ],
+)
+def test_number_of_forwards(penalty: Any, forwards: int) -> None:
+    model, (x, y) = NETWORKS["mlp"](), batch()
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    terms = PenalizedLoss(penalty)(model, x, y)
+    assert len(calls) == forwards
+    torch.testing.assert_close(terms.total, terms.cross_entropy + 0.1 * terms.penalty)
+    assert all(g.isfinite().all() for g in gradients(terms.total, model))
+
+
+def test_gradient_accumulation() -> None:
+    model, (x, y) = cnn(training=False), batch()
+    loss = PenalizedLoss(DensityPenalty(), 0.5)
+    whole = gradients(loss(model, x, y).total, model)
+    for part in (slice(0, 3), slice(3, 6)):
+        (loss(model, x[part], y[part]).total / 2).backward()
+    assert_same_gradients([parameter.grad for parameter in model.parameters()], whole)
+    assert x.grad is None
+
+
+def test_training_lowers_the_penalty() -> None:
+    model, (x, y) = references.mlp(torch.float32), batch(torch.float32, samples=32)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    loss = PenalizedLoss(DensityPenalty(), 1.0)
+    first = loss(model, x, y)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss(model, x, y).total.backward()
+        optimizer.step()
+    last = loss(model, x, y)
+    assert last.penalty < 0.5 * first.penalty
+    assert last.cross_entropy < first.cross_entropy
+
+
+class Operations(TorchDispatchMode):
+    """The names of this library's fused operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        if function.namespace == "rds_fast":
+            self.names.append(function._opname)
+        return function(*arguments, **(keywords or {}))
+
+
+def test_the_fused_operations_run_once_each() -> None:
+    """On the meta device, where they appear whatever was built."""
+    model = NETWORKS["mlp"](torch.float32).to("meta")
+    x, y = (tensor.to("meta") for tensor in batch(torch.float32))
+    with Operations() as operations:
+        PenalizedLoss(DensityPenalty())(model, x, y).total.backward()
+    assert sorted(operations.names) == [
+        "cross_entropy",
+        "cross_entropy_backward",
+        "gradient_norm",
+        "gradient_norm_backward",
+        "logsumexp_backward",  # the inner pass
+        "logsumexp_double_backward",
+    ]
+    with Operations() as operations:
+        PenalizedLoss(DensityPenalty(), fast=False)(model, x, y).total.backward()
+        DensityPenalty(fast=False)(model, x).backward()
+        InputGradientPenalty(fast=False)(model, x, y).backward()
+        density_penalty(model, x, fast=False).backward()
+    assert operations.names == []
+
+
+def test_weights_and_schedules() -> None:
+    model, (x, y) = NETWORKS["mlp"](), batch()
+    loss = PenalizedLoss(DensityPenalty(), schedules.LinearWarmup(0.8, 4))
+    for step in (0, 1, 4, 9):
+        terms = loss(model, x, y, step=step)
+        torch.testing.assert_close(terms.total, terms.cross_entropy + min(0.8, 0.2 * step) * terms.penalty)
+    assert PenalizedLoss(DensityPenalty(), lambda step: 0.3)(model, x, y, 0).total.requires_grad
+    with pytest.raises(ValueError, match=r"weight is a schedule \(LinearWarmup.*step was not given; call loss\(model"):
+        loss(model, x, y)
+    with pytest.raises(ValueError, match=r"the weight at step 3 is -1\.0; it must be finite and not negative"):
+        PenalizedLoss(DensityPenalty(), lambda step: -1.0)(model, x, y, step=3)
+    with pytest.raises(TypeError, match="the weight at step 3 is a Tensor; it must be a Python number"):
+        PenalizedLoss(DensityPenalty(), lambda step: torch.tensor(1.0))(model, x, y, step=3)
+
+
+def test_weight_zero_is_cross_entropy_alone() -> None:
+    model, (x, y) = cnn(training=True), batch()
+    model_copy = copy.deepcopy(model)
+    plain = gradients(nn.functional.cross_entropy(model_copy(x), y), model_copy)
+    terms = PenalizedLoss(DensityPenalty(), 0.0)(model, x, y)
+    assert terms.penalty > 0
+    assert terms.total is terms.cross_entropy  # the graph of second order is not walked
+    assert_same_gradients(gradients(terms.total, model), plain)
+
+
+@pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
+def test_bad_weights(weight: float) -> None:
+    with pytest.raises(ValueError, match=r"weight is .*; it must be finite and not negative"):
+        PenalizedLoss(DensityPenalty(), weight)
+
+
+def test_bad_penalties() -> None:
+    with pytest.raises(TypeError, match="weight is a str; it must be a Python number"):
+        PenalizedLoss(DensityPenalty(), "0.1")
+    for penalty in (None, DensityPenalty):  # the class in the place of an object
+        with pytest.raises(TypeError, match=r"it must be a callable penalty\(model, x, y\) such as DensityPenalty\(\)"):
+            PenalizedLoss(penalty)
+    with pytest.raises(TypeError, match=r"returned a tensor of shape \(6, 5\); it must return a scalar tensor"):
+        PenalizedLoss(lambda model, x, y: model(x))(NETWORKS["mlp"](), *batch())
+
+
+def test_repr_and_equality() -> None:
+    loss = PenalizedLoss(DensityPenalty(p=1.0), schedules.Cosine(0.1, 0.0, 10))
+    assert eval(repr(loss), {**globals(), **vars(schedules)}) == loss
