@@ -1,0 +1,84 @@
+"""``rds-fast train``. Its options are the fields of TrainingConfig, so that each is described once."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import shlex
+import sys
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import runs
+from .config import FIELDS, TrainingConfig
+from .loop import TrainingInterrupted
+from .loop import train as train_model
+
+
+def _option(name: str) -> inspect.Parameter:
+    """A field as an option whose default None says that it was not given."""
+    field = FIELDS[name]
+    kind = typing.get_type_hints(TrainingConfig)[name]
+    repeated = name.endswith("_milestones")
+    flag = "--" + name.replace("_", "-")
+    if repeated:
+        kind, flag = list[int], flag.removesuffix("s")
+    elif kind is bool:
+        flag = f"{flag}/--no-{name}"
+    words = [field.metadata["help"]]
+    if field.metadata["names"]:
+        words.append(" | ".join(field.metadata["names"]))
+    if field.default not in (None, ()):  # here, since the option's own default is None
+        words.append(f"(default: {field.default})")
+    option = typer.Option(flag, help=" ".join(words), rich_help_panel=field.metadata["group"])
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def train(
+    *,
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/last"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in the folder, with its settings.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    **settings: Any,
+) -> None:
+    """Train a classifier with or without a penalty on its input gradient, and keep all that is needed to go on."""
+    given = {name: value for name, value in settings.items() if value is not None and value != []}
+    config = dataclasses.replace(runs.read_config(out), **given) if resume else TrainingConfig(**given)
+    for name in given:
+        reason = config.without_effect(name)
+        if reason is not None:
+            raise ValueError(f"--{name.replace('_', '-')} would have no effect: {reason}. Leave it out")
+    try:
+        result = train_model(config, out, resume=resume, overwrite=overwrite, quiet=quiet)
+    except TrainingInterrupted as interruption:
+        print(f"\n{interruption}. To go on:\n  {_resume_command(out)}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(
+        f"validation accuracy {100 * result.validation_accuracy:.1f}% after {config.epochs} epochs, "
+        f"{result.seconds:.1f} s of training; the model is {out / runs.MODEL}"
+    )
+
+
+def _resume_command(out: Path) -> str:
+    """The command that goes on, in the way this one was called."""
+    called = Path(sys.argv[0]).name
+    program = ["python", "-m", "rds_fast"] if called == "__main__.py" else [called]
+    return shlex.join([*program, "train", "--out", str(out), "--resume"])
+
+
+def _with_options(function: Any) -> None:
+    """Put an option for each setting in the place of ``**settings``."""
+    signature = inspect.signature(function, eval_str=True)
+    fixed = [parameter for name, parameter in signature.parameters.items() if name != "settings"]
+    function.__signature__ = signature.replace(parameters=[*fixed, *map(_option, FIELDS)])
+
+
+_with_options(train)

@@ -1,0 +1,176 @@
+"""The settings of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+from . import data, models
+from .names import check_name
+
+OBJECTIVES = ("cross-entropy", "input-gradient", "density")
+GRADIENTS_OF = ("target_logit", "cross_entropy")
+METHODS = ("exact", "finite_difference")
+WEIGHT_SCHEDULES = ("constant", "linear", "cosine", "step")
+OPTIMIZERS = ("adam", "sgd")
+LR_SCHEDULES = ("constant", "cosine", "step")
+DEVICES = ("auto", "cpu", "cuda")
+AMP = ("none", "bf16", "fp16")
+
+# Where a run goes on, these may differ: they decide where and how it is watched, not what is computed.
+RESUMABLE_CHANGES = ("device", "threads", "log_interval", "checkpoint_interval")
+
+
+def _setting(
+    default: Any,
+    group: str,
+    help: str,
+    *,
+    names: tuple[str, ...] = (),
+    only: tuple[str, str] | None = None,
+) -> Any:
+    """A field, and what the command line says of it.
+
+    ``names``: what it may be. ``only``: it has an effect where that other setting has that value.
+    """
+    return dataclasses.field(default=default, metadata={"group": group, "help": help, "names": names, "only": only})
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """Everything that decides a run. The defaults train the density penalty on BlockMNIST in seconds.
+
+    Raises:
+        ValueError: a value is unknown or out of range; the message names the setting and what it may be.
+    """
+
+    data: str = _setting("block-mnist", "Data", "The data set.", names=data.NAMES)
+    data_root: str | None = _setting(None, "Data", "Folder of the four IDX files, instead of the packaged images.")
+    data_seed: int = _setting(0, "Data", "Decides the splits, and which block is on top.")
+
+    objective: str = _setting("density", "Objective", "The penalty, if any.", names=OBJECTIVES)
+    weight: float = _setting(0.5, "Objective", "The penalty's weight.")
+    p: float = _setting(2.0, "Objective", "The norm, from 1 to inf.")
+    power: float = _setting(1.0, "Objective", "The exponent of the norm.")
+    of: str = _setting(
+        "target_logit", "Objective", "Whose input gradient.", names=GRADIENTS_OF, only=("objective", "input-gradient")
+    )
+    method: str = _setting("exact", "Objective", "How it is computed.", names=METHODS, only=("objective", "density"))
+    step_size: float = _setting(1e-2, "Objective", "Of the finite difference.", only=("method", "finite_difference"))
+    weight_schedule: str = _setting("constant", "Objective", "The weight over time.", names=WEIGHT_SCHEDULES)
+    weight_warmup_epochs: float = _setting(
+        0.0, "Objective", "Linear, cosine: the epochs in which the weight rises from 0."
+    )
+    weight_milestones: tuple[int, ...] = _setting(
+        (), "Objective", "Step: an epoch after which it changes; may be repeated.", only=("weight_schedule", "step")
+    )
+    weight_factor: float = _setting(
+        0.1, "Objective", "Step: by what it is multiplied.", only=("weight_schedule", "step")
+    )
+    fast: bool = _setting(True, "Objective", "The fused operations, or plain PyTorch.")
+
+    model: str = _setting("mlp", "Optimisation", "The classifier.", names=models.NAMES)
+    epochs: int = _setting(12, "Optimisation", "Passes over the training data.")
+    batch_size: int = _setting(100, "Optimisation", "Samples a step.")
+    optimizer: str = _setting("adam", "Optimisation", "The optimiser.", names=OPTIMIZERS)
+    lr: float = _setting(1e-3, "Optimisation", "The learning rate.")
+    momentum: float = _setting(0.9, "Optimisation", "Of sgd.", only=("optimizer", "sgd"))
+    weight_decay: float = _setting(0.0, "Optimisation", "The optimiser's.")
+    lr_schedule: str = _setting("constant", "Optimisation", "The learning rate over time.", names=LR_SCHEDULES)
+    lr_warmup_epochs: float = _setting(0.0, "Optimisation", "The epochs in which it rises from 0.")
+    lr_milestones: tuple[int, ...] = _setting(
+        (), "Optimisation", "Step: an epoch after which it changes; may be repeated.", only=("lr_schedule", "step")
+    )
+    lr_factor: float = _setting(0.2, "Optimisation", "Step: by what it is multiplied.", only=("lr_schedule", "step"))
+    seed: int = _setting(0, "Optimisation", "Decides the first weights, the data's order and dropout.")
+
+    device: str = _setting("auto", "Running", "Where to compute.", names=DEVICES)
+    amp: str = _setting("none", "Running", "Mixed precision.", names=AMP)
+    threads: int | None = _setting(None, "Running", "Threads of the CPU.")
+    log_interval: int = _setting(50, "Running", "Steps between rows of metrics; on a GPU each costs a wait.")
+    checkpoint_interval: int | None = _setting(None, "Running", "Steps between checkpoints, besides each epoch's end.")
+
+    def __post_init__(self) -> None:
+        for setting in ("lr_milestones", "weight_milestones"):  # a list, as JSON has it, is welcome
+            object.__setattr__(self, setting, tuple(getattr(self, setting)))
+        self._check_names()
+        self._check_numbers()
+        for value in ("lr", "weight"):
+            if getattr(self, f"{value}_schedule") == "step" and not getattr(self, f"{value}_milestones"):
+                raise ValueError(
+                    f"{value}_schedule is 'step' and {value}_milestones is empty; give the epochs of the steps"
+                )
+        if (self.weight_schedule in ("linear", "cosine")) != (self.weight_warmup_epochs > 0):
+            raise ValueError(
+                f"weight_schedule is {self.weight_schedule!r} and weight_warmup_epochs is {self.weight_warmup_epochs}; "
+                "'linear' and 'cosine' need the epochs they take, and nothing else does"
+            )
+
+    def _check_names(self) -> None:
+        for name, field in FIELDS.items():
+            if field.metadata["names"]:
+                check_name(name, getattr(self, name), field.metadata["names"])
+
+    def _check_numbers(self) -> None:
+        for setting in ("epochs", "batch_size", "log_interval", "threads", "checkpoint_interval"):
+            value = getattr(self, setting)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{setting} is {value!r}; it must be a whole number, 1 or more")
+        for setting in ("seed", "data_seed"):
+            value = getattr(self, setting)
+            if not isinstance(value, int) or not 0 <= value < 2**63:
+                raise ValueError(f"{setting} is {value!r}; it must be a whole number from 0 to 2**63 - 1")
+        for setting in ("lr", "power", "step_size", "lr_factor", "weight_factor"):
+            value = getattr(self, setting)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{setting} is {value!r}; it must be above 0 and finite")
+        for setting in ("weight", "weight_decay", "weight_warmup_epochs", "lr_warmup_epochs"):
+            value = getattr(self, setting)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{setting} is {value!r}; it must be 0 or more and finite")
+        if not self.p >= 1:
+            raise ValueError(f"p is {self.p!r}; it must be from 1 to infinity")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum!r}; it must be at least 0 and below 1")
+        for setting in ("lr_milestones", "weight_milestones"):
+            epochs = getattr(self, setting)
+            if any(not isinstance(epoch, int) or epoch < 1 for epoch in epochs) or list(epochs) != sorted(set(epochs)):
+                raise ValueError(f"{setting} is {epochs}; it must hold epochs, 1 or more, in rising order")
+
+    def to_json(self) -> str:
+        """The settings as JSON. Infinity, as p may be, is written as the string "inf"."""
+        settings = dataclasses.asdict(self)
+        settings["p"] = "inf" if math.isinf(self.p) else self.p
+        return json.dumps(settings, indent=2)
+
+    @staticmethod
+    def from_settings(settings: dict[str, Any]) -> TrainingConfig:
+        """The configuration whose settings JSON holds, as ``to_json`` writes them.
+
+        Raises:
+            ValueError: a setting is unknown here, so the run was made by another version.
+        """
+        for name in settings:
+            check_name("a setting", name, FIELDS)
+        return TrainingConfig(**{**settings, "p": float(settings.get("p", 2.0))})
+
+    def differences(self, other: TrainingConfig) -> dict[str, tuple[Any, Any]]:
+        """The settings in which two runs compute different numbers: name -> (this one's value, the other's)."""
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in FIELDS if name not in RESUMABLE_CHANGES}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+    def without_effect(self, name: str) -> str | None:
+        """The reason why a setting has no effect beside the others; None if it has one."""
+        field = FIELDS[name]
+        of_penalty = field.metadata["group"] == "Objective" and name not in ("objective", "fast")
+        if of_penalty and self.objective == "cross-entropy":
+            return "the objective is cross-entropy, which has no penalty"
+        only = field.metadata["only"]
+        if only is not None and getattr(self, only[0]) != only[1]:
+            return f"it belongs to {only[0]} {only[1]}, and {only[0]} is {getattr(self, only[0])}"
+        return None
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(TrainingConfig)}

@@ -1,0 +1,301 @@
+"""The training loop. A run that is killed and resumed ends, on a CPU, with the same bits as one that is not."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoints, data, runs
+from .config import TrainingConfig
+from .display import Display
+from .extras import require
+from .interruption import Interruption
+from .objectives import Objective
+from .optimization import learning_rate_schedule
+from .state import LOSSES, TrainingState
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Training was stopped by Ctrl-C or SIGTERM, and the run was saved.
+
+    Attributes:
+        run_dir: the run, to be resumed.
+        step: the number of steps that are done and saved.
+    """
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        super().__init__(f"training stopped after step {step} and was saved in {run_dir}")
+        self.run_dir, self.step = run_dir, step
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or a weight became infinite or NaN. The message names the step, its batch and the last checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingResult:
+    """A finished run.
+
+    Attributes:
+        model: in eval mode, on the device of the training.
+        config: its settings.
+        run_dir: its folder.
+        metrics: the rows of metrics.jsonl; those with ``kind == "epoch"`` hold the validation accuracy.
+        validation_accuracy: at the end, in [0, 1].
+        seconds: of the loop, those of the resumed parts together.
+    """
+
+    model: nn.Module
+    config: TrainingConfig
+    run_dir: Path
+    metrics: list[dict[str, Any]]
+    validation_accuracy: float
+    seconds: float
+
+
+def train(
+    config: TrainingConfig,
+    run_dir: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    splits: data.Splits | None = None,
+) -> TrainingResult:
+    """Train a classifier, writing metrics, checkpoints and the model into a folder (see ``runs``).
+
+    Torch's global random generators and number of threads are as before when this returns.
+
+    Args:
+        config: the settings.
+        run_dir: the folder, made if need be.
+        resume: go on from the last checkpoint of the run in the folder (from the beginning, if it has none).
+        overwrite: replace the run in the folder.
+        quiet: show no progress.
+        splits: the data, where they are loaded already; default: ``data.load`` of what ``config`` names.
+
+    Raises:
+        FileExistsError: the folder holds a run, and neither ``resume`` nor ``overwrite`` is given; or other files.
+        FileNotFoundError: ``resume``, and the folder holds no run; or a data file is missing.
+        ValueError: the settings are not those of the run to be resumed, there is no such device, or a file is damaged.
+        TrainingInterrupted: Ctrl-C or SIGTERM; everything was saved.
+        NonFiniteError: a loss or a weight became infinite or NaN; the last good checkpoint is kept.
+        ImportError: a package of the extra ``train`` is needed and missing.
+    """
+    run_dir = Path(run_dir)
+    device = resolve_device(config.device)
+    if resume and overwrite:
+        raise ValueError("resume and overwrite are both given; they exclude each other")
+    if resume:
+        runs.check_same(run_dir, config)
+    else:
+        runs.check_free(run_dir, overwrite)
+    splits = splits or data.load(config.data, config.data_root, config.data_seed)
+    with _threads(config.threads), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        run = _Run(config, run_dir, device, splits, quiet)
+        if not resume:
+            runs.create(run_dir, config)  # only now: what cannot begin leaves no folder behind
+        return run.run()
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" means here.
+
+    Raises:
+        ValueError: it is "cuda", and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda' and no CUDA device is present; use 'cpu' or 'auto'")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+@contextlib.contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def evaluate_accuracy(model: nn.Module, images: data.Images, batch_size: int = 1000) -> tuple[float, float]:
+    """Accuracy in [0, 1] and mean cross-entropy of a model, in the mode it is in, on data of its device."""
+    correct, loss = 0, 0.0
+    for x, y in zip(images.images.split(batch_size), images.labels.split(batch_size), strict=True):
+        logits = model(x)
+        correct += int((logits.argmax(1) == y).sum())
+        loss += float(nn.functional.cross_entropy(logits, y, reduction="sum"))
+    return correct / len(images), loss / len(images)
+
+
+class _Run:
+    """One run: its state, its data, and the losses that are still on the device."""
+
+    def __init__(
+        self, config: TrainingConfig, run_dir: Path, device: torch.device, splits: data.Splits, quiet: bool
+    ) -> None:
+        require("safetensors.torch", "a checkpoint")  # now, not when the first one is due
+        self.config, self.run_dir, self.device = config, run_dir, device
+        self.training, self.validation = splits.train.to(device), splits.validation.to(device)
+        self.steps_per_epoch = math.ceil(len(self.training) / config.batch_size)
+        self.objective = Objective(config, self.steps_per_epoch)
+        self.learning_rate = learning_rate_schedule(config, self.steps_per_epoch)
+        self.state = TrainingState(config, device)
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.display = Display(config.epochs, self.total_steps, quiet)
+        self.uncollected: list[Tensor] = []  # the losses of the last steps, so that not every step waits for the GPU
+        self.order = functools.lru_cache(maxsize=2)(self._order)
+
+    def run(self) -> TrainingResult:
+        """From the checkpoint, if there is one, to the end."""
+        state, config, display = self.state, self.config, self.display
+        if (self.run_dir / runs.CHECKPOINT).exists():
+            state.load(self.run_dir / runs.CHECKPOINT)
+        runs.keep_metrics_until(self.run_dir, state.step)
+        self.last_row = (state.step, state.seconds)
+        display.begin(state.step)
+        with Interruption() as interruption, display:
+            while state.step < self.total_steps:
+                with self._stopwatch():
+                    self._train_step()
+                    log_is_due = self._due(config.log_interval)
+                    checkpoint_is_due = self._due(config.checkpoint_interval) or interruption.requested
+                    if log_is_due or checkpoint_is_due:
+                        self._collect_losses()
+                display.advance(state.step)
+                if log_is_due:
+                    display.report(self._write_metrics())
+                if checkpoint_is_due:
+                    self._save_checkpoint()
+                if checkpoint_is_due and interruption.requested:
+                    raise TrainingInterrupted(self.run_dir, state.step)
+        return self._finish()
+
+    @contextlib.contextmanager
+    def _stopwatch(self) -> Iterator[None]:
+        """Counts the time of the steps alone, not that of validation and checkpoints."""
+        start = time.perf_counter()
+        yield
+        self.state.seconds += time.perf_counter() - start
+
+    def _due(self, interval: int | None) -> bool:
+        """At the end of each epoch, and every ``interval`` steps within it."""
+        step_of_epoch = self.state.step % self.steps_per_epoch
+        return step_of_epoch == 0 or (interval is not None and step_of_epoch % interval == 0)
+
+    def _order(self, epoch: int) -> Tensor:
+        return data.epoch_order(self.config.seed, epoch, len(self.training)).to(self.device)
+
+    def _batch(self, step: int) -> Tensor:
+        """The indices of the samples of a step that is counted from 0."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        first = step_of_epoch * self.config.batch_size
+        return self.order(epoch)[first : first + self.config.batch_size]
+
+    def _train_step(self) -> None:
+        state, config = self.state, self.config
+        indices = self._batch(state.step)
+        x, y = self.training.images[indices], self.training.labels[indices]
+        for group in state.optimizer.param_groups:
+            group["lr"] = self.learning_rate(state.step)
+        state.model.train()
+        state.optimizer.zero_grad()
+        with torch.autocast(self.device.type, dtype=_AUTOCAST.get(config.amp), enabled=config.amp != "none"):
+            terms = self.objective(state.model, x, y, state.step)
+        state.scaler.scale(terms.total).backward()
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        accuracy = (terms.logits.detach().argmax(1) == y).float().mean()
+        losses = [terms.total.detach(), terms.cross_entropy.detach(), terms.penalty.detach(), accuracy]
+        self.uncollected.append(torch.stack([loss.float() for loss in losses]) * len(y))
+        state.step += 1
+
+    def _collect_losses(self) -> None:
+        """Bring the losses of the last steps to the host and add them up, in an order that no interval changes."""
+        if not self.uncollected:
+            return
+        first_step = self.state.step - len(self.uncollected)
+        collected = torch.stack(self.uncollected).cpu()
+        self.uncollected = []
+        for step, losses in enumerate(collected.tolist(), first_step):
+            if not all(map(math.isfinite, losses)):
+                shown = dict(zip(LOSSES, (loss / len(self._batch(step)) for loss in losses), strict=True))
+                raise self._non_finite(step, f"the loss is not finite ({shown})")
+            self.state.sums = [total + loss for total, loss in zip(self.state.sums, losses, strict=True)]
+
+    def _write_metrics(self) -> dict[str, Any]:
+        """Append a row: the means over this epoch so far and, at its end, the accuracy on the validation split."""
+        state, samples = self.state, len(self.training)
+        epoch, step_of_epoch = divmod(state.step - 1, self.steps_per_epoch)
+        done = min((step_of_epoch + 1) * self.config.batch_size, samples)
+        row: dict[str, Any] = {
+            "kind": "epoch" if done == samples else "interval",
+            "step": state.step,
+            "epoch": epoch + 1,
+            **{name: total / done for name, total in zip(LOSSES, state.sums, strict=True)},
+            "lr": self.learning_rate(state.step - 1),
+            "weight": self.objective.weight(state.step - 1),
+            "images_per_second": self._images_per_second(),
+            "seconds": state.seconds,
+        }
+        if done == samples:
+            accuracy, loss = evaluate_accuracy(state.model.eval(), self.validation)
+            if not math.isfinite(loss):
+                raise self._non_finite(state.step - 1, f"the loss on the validation split is {loss}")
+            row |= {"validation_accuracy": accuracy, "validation_cross_entropy": loss}
+            state.sums = [0.0] * len(LOSSES)
+        runs.append_metrics(self.run_dir, row)
+        return row
+
+    def _images_per_second(self) -> float:
+        """Since the last row."""
+        (step, seconds), self.last_row = self.last_row, (self.state.step, self.state.seconds)
+        images = sum(len(self._batch(done)) for done in range(step, self.state.step))
+        return images / (self.state.seconds - seconds)
+
+    def _save_checkpoint(self) -> None:
+        if not self.state.is_finite():
+            raise self._non_finite(self.state.step - 1, "a weight is not finite")
+        self.state.save(self.run_dir / runs.CHECKPOINT)
+
+    def _non_finite(self, step: int, what: str) -> NonFiniteError:
+        """The error for what went wrong in a step counted from 0; its samples, and those before, go to a file."""
+        batches = {"step": step + 1, "what": what, "indices": self._batch(step).tolist()}
+        batches["previous_indices"] = self._batch(step - 1).tolist() if step else []
+        path = self.run_dir / runs.NON_FINITE
+        checkpoints.write_atomically(path, json.dumps(batches).encode())
+        checkpoint = self.run_dir / runs.CHECKPOINT
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there was no checkpoint yet"
+        return NonFiniteError(
+            f"step {step + 1} of epoch {step // self.steps_per_epoch + 1}: {what}. The indices of its samples are in "
+            f"{path}; {kept}. A new run with a smaller lr or weight may go further"
+        )
+
+    def _finish(self) -> TrainingResult:
+        self.state.model.eval()
+        checkpoints.save(self.run_dir / runs.MODEL, self.state.model.state_dict(), {"step": self.state.step})
+        return TrainingResult(
+            model=self.state.model,
+            config=self.config,
+            run_dir=self.run_dir,
+            metrics=runs.read_metrics(self.run_dir),
+            validation_accuracy=evaluate_accuracy(self.state.model, self.validation)[0],
+            seconds=self.state.seconds,
+        )

@@ -1,0 +1,14 @@
+"""Choices by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def check_name(setting: str, name: object, names: Iterable[str]) -> None:
+    """Raises ValueError, with the nearest valid name, unless ``name`` is one of ``names``."""
+    names = tuple(names)
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)[0]
+        raise ValueError(f"{setting} is {name!r}; did you mean {near!r}? It must be one of {', '.join(names)}")

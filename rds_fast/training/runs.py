@@ -1,0 +1,160 @@
+"""The folder of a training run.
+
+config.json                  the settings, the versions, the commit where it is known
+metrics.jsonl                one row a logging interval and an epoch
+checkpoint/last.safetensors  everything that --resume needs
+model.safetensors            the trained model, once the run is finished
+non_finite_batch.json        the step and the samples at which a loss was not finite, if that happened
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import checkpoints, data, models
+from .config import TrainingConfig
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+CHECKPOINT = "checkpoint/last.safetensors"
+MODEL = "model.safetensors"
+NON_FINITE = "non_finite_batch.json"
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of what computes, and the commit of this package where it is a git checkout."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("rds_fast", "torch", "torchvision", "triton", "numpy"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    found["commit"] = _commit()
+    return found
+
+
+def _commit() -> str | None:
+    package = Path(__file__).resolve().parents[1]
+    if not (package.parent / ".git").exists():  # else git would find whatever repository the environment lies in
+        return None
+    try:
+        command = ["git", "-C", str(package), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def check_free(run_dir: Path, overwrite: bool) -> None:
+    """Whether a new run may be made in a folder.
+
+    Raises:
+        FileExistsError: it holds a run and ``overwrite`` is False, or it holds something that is no run.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise FileExistsError(f"{run_dir} is a file; give a folder")
+    if (run_dir / CONFIG).exists():
+        if not overwrite:
+            raise FileExistsError(f"{run_dir} holds a run already; --resume continues it, --overwrite replaces it")
+    elif run_dir.exists() and any(run_dir.iterdir()):
+        raise FileExistsError(f"{run_dir} holds files and no run; give another folder, or an empty one")
+
+
+def create(run_dir: Path, config: TrainingConfig) -> None:
+    """Make the folder of a new run, without what an earlier one left in it, and write its config.json."""
+    for name in (CHECKPOINT, MODEL, METRICS, NON_FINITE, CONFIG):  # these alone: never a whole folder
+        (run_dir / name).unlink(missing_ok=True)
+    (run_dir / CHECKPOINT).parent.mkdir(parents=True, exist_ok=True)
+    content = {"settings": json.loads(config.to_json()), "versions": versions()}
+    checkpoints.write_atomically(run_dir / CONFIG, json.dumps(content, indent=2).encode() + b"\n")
+
+
+def read_config(run_dir: Path) -> TrainingConfig:
+    """The settings of a run.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: its config.json is damaged or of another version.
+    """
+    path = run_dir / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{run_dir} holds no run: there is no {CONFIG}; 'rds-fast train --out {run_dir}' makes one"
+        )
+    try:
+        settings = json.loads(path.read_text())["settings"]
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); expected the settings of a run") from error
+    return TrainingConfig.from_settings(settings)
+
+
+def check_same(run_dir: Path, config: TrainingConfig) -> None:
+    """Raises ValueError, naming each difference, if a run was made with other settings than ``config``."""
+    differences = read_config(run_dir).differences(config)
+    if differences:
+        listed = "; ".join(f"{name} was {old!r} and is now {new!r}" for name, (old, new) in differences.items())
+        raise ValueError(
+            f"{run_dir} cannot be resumed with other settings: {listed}. Leave them out, or start a new run"
+        )
+
+
+def load_model(run_dir: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, TrainingConfig]:
+    """The trained model of a finished run, in eval mode, and its settings.
+
+    Raises:
+        FileNotFoundError: there is no run in the folder, or it is not finished.
+        ValueError: a file of it is damaged, or does not fit the model that config.json names.
+    """
+    run_dir = Path(run_dir)
+    config = read_config(run_dir)
+    path = run_dir / MODEL
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the run in {run_dir} is not finished: there is no {MODEL}; "
+            f"'rds-fast train --out {run_dir} --resume' goes on"
+        )
+    with torch.random.fork_rng(devices=[]):  # the initial weights are drawn and then replaced
+        model = models.build(config.model, data.image_shape(config.data), data.CLASSES)
+    tensors, _ = checkpoints.load(path)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the model {config.model!r} of its {CONFIG}: {error}") from error
+    return model.to(device).eval(), config
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; an unfinished last line, left by a killed process, is passed over."""
+    path = Path(run_dir) / METRICS
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text().split("\n"):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def keep_metrics_until(run_dir: Path, step: int) -> None:
+    """Drop the rows after ``step``: the resumed run writes them again."""
+    rows = [row for row in read_metrics(run_dir) if row["step"] <= step]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    checkpoints.write_atomically(run_dir / METRICS, content.encode())
+
+
+def append_metrics(run_dir: Path, row: dict[str, Any]) -> None:
+    """Add a row, on the disk when this returns."""
+    with open(run_dir / METRICS, "a") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,203 @@
+"""``rds-fast train`` as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rds_fast.__main__ import main
+from rds_fast.training.config import FIELDS
+
+pytest.importorskip("typer", reason="needs the extra train")
+pytest.importorskip("safetensors", reason="needs the extra train")
+
+Call = Callable[..., tuple[int, str, str]]
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set in IDX files: 220 samples to train on."""
+    sys.path.insert(0, str(ROOT / "tests" / "training"))
+    from idx_files import write_set
+
+    return write_set(tmp_path_factory.mktemp("idx"))
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "rds_fast", "train", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    process = start(*arguments)
+    output, errors = process.communicate(timeout=120)
+    return process.returncode, output, errors
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """The same within this process, for what needs no process of its own: importing torch takes seconds."""
+
+    def run_main(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rds-fast", "train", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return int(exit_.value.code or 0), *capsys.readouterr()
+
+    return run_main
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def last_step(run_dir: Path) -> int:
+    """The step of the last checkpoint, read from the file's header; 0 if there is none."""
+    path = run_dir / "checkpoint" / "last.safetensors"
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return json.loads(header["__metadata__"]["state"])["step"]
+
+
+def test_killed_and_resumed_ends_with_the_same_bits(root: Path, tmp_path: Path) -> None:
+    # 22 steps an epoch and a checkpoint every 7 of them, so most checkpoints are inside an epoch.
+    settings = ("--data", "block-mnist", "--data-root", root, "--batch-size", 10, "--epochs", 5)
+    settings += ("--checkpoint-interval", 7)
+    code, output, errors = run("--out", tmp_path / "straight", *settings)
+    assert (code, errors) == (0, "")
+    assert output.count("\n") == 6  # a line an epoch, and the result
+    assert "epoch 5/5: loss" in output
+
+    process = start("--out", tmp_path / "killed", *settings)
+    wait_for(lambda: last_step(tmp_path / "killed") > 30, process)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+
+    code, output, errors = run("--out", tmp_path / "killed", "--resume")
+    assert (code, errors) == (0, "")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+    def rows(run_dir: Path) -> list[dict[str, object]]:
+        parsed = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in parsed]
+
+    assert rows(tmp_path / "killed") == rows(tmp_path / "straight")
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a run"  # the space has to be quoted in the command
+    process = start("--out", out, "--data", "mnist", "--data-root", root, "--epochs", 100000)
+    wait_for(lambda: last_step(out) > 0, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    match = re.search(r"training stopped after step (\d+) and was saved in .*\. To go on:\n  (.*)\n", errors)
+    assert match is not None, errors
+    assert last_step(out) == int(match[1])
+    assert match[2] == f"python -m rds_fast train --out '{out}' --resume"
+
+
+def test_settings_of_a_resumed_run_are_its_own(root: Path, tmp_path: Path, call: Call) -> None:
+    out = tmp_path / "run"
+    settings = ("--data", "mnist", "--data-root", root, "--epochs", 1, "--model", "cnn")
+    assert call("--out", out, *settings)[0] == 0
+    code, _, errors = call("--out", out, "--resume", "--lr", 0.5, "--epochs", 1, "--log-interval", 3)
+    assert code == 1
+    assert "lr was 0.001 and is now 0.5. Leave them out, or start a new run" in errors
+    assert errors.count("\n") == 1
+    assert call("--out", out, "--resume")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "resnet81"), "error: model is 'resnet81'; did you mean 'resnet18'"),
+        (
+            ("--objective", "cross-entropy", "--weight", 1),
+            "--weight would have no effect: the objective is cross-entropy",
+        ),
+        (("--momentum", 0.5), "--momentum would have no effect: it belongs to optimizer sgd"),
+        (("--data-root", "/nowhere"), "error: the data root /nowhere is not a folder"),
+        (("--resume",), "holds no run: there is no config.json"),
+        (("--epochs", 0), "error: epochs is 0; it must be a whole number, 1 or more"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_errors_of_use_are_one_line(tmp_path: Path, call: Call, arguments: tuple[object, ...], message: str) -> None:
+    code, output, errors = call("--out", tmp_path / "run", *arguments)
+    assert (code, output) == (1, "")
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_diverging_run_stops(root: Path, tmp_path: Path, call: Call) -> None:
+    settings = ("--data", "mnist", "--data-root", root, "--objective", "cross-entropy", "--epochs", 3)
+    code, _, errors = call("--out", tmp_path / "run", *settings, "--optimizer", "sgd", "--lr", 1e30)
+    assert code == 1
+    assert re.search(r"error: step \d of epoch \d: .*not finite", errors)
+    assert json.loads((tmp_path / "run" / "non_finite_batch.json").read_text())["indices"]
+
+
+@pytest.mark.parametrize("package", ["typer", "safetensors"])
+def test_a_missing_extra_is_named(root: Path, tmp_path: Path, package: str) -> None:
+    script = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {package!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+sys.argv = ["rds-fast", "train", "--out", {str(tmp_path / "run")!r}, "--data", "mnist", "--data-root", {str(root)!r}]
+from rds_fast.__main__ import main
+from rds_fast.training.config import FIELDS
+main()
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == 1
+    assert re.fullmatch(
+        rf"error: {package} is not installed, and .* needs it; pip install 'rds_fast\[train\]' brings it\n",
+        process.stderr,
+    )
+
+
+def test_help_names_each_setting_once(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, output, _ = call("--help")
+    assert code == 0
+    for name in FIELDS:
+        flag = "--" + name.replace("_", "-")
+        flag = flag.removesuffix("s") if name.endswith("_milestones") else flag
+        assert len(re.findall(rf"^\W*{flag}\s", output, re.MULTILINE)) == 1, flag
+
+
+def test_a_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RDS_FAST_TRACEBACK", "1")
+    monkeypatch.setattr(sys, "argv", ["rds-fast", "train", "--epochs", "0", "--out", str(tmp_path / "run")])
+    with pytest.raises(ValueError, match="epochs is 0"):
+        main()
