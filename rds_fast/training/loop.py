@@ -103,7 +103,7 @@ def train(
     else:
         runs.check_free(run_dir, overwrite)
     splits = splits or data.load(config.data, config.data_root, config.data_seed)
-    with _threads(config.threads), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with cpu_threads(config.threads), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         run = _Run(config, run_dir, device, splits, quiet)
         if not resume:
             runs.create(run_dir, config)  # only now: what cannot begin leaves no folder behind
@@ -124,7 +124,8 @@ def resolve_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def _threads(number: int | None) -> Iterator[None]:
+def cpu_threads(number: int | None) -> Iterator[None]:
+    """Torch computes with this many threads inside the block; None leaves the number as it is."""
     before = torch.get_num_threads()
     if number is not None:
         torch.set_num_threads(number)

@@ -4,6 +4,7 @@ config.json                  the settings, the versions, the commit where it is 
 metrics.jsonl                one row a logging interval and an epoch
 checkpoint/last.safetensors  everything that --resume needs
 model.safetensors            the trained model, once the run is finished
+evaluation.json              the figures of the model, written by rds-fast evaluate
 non_finite_batch.json        the step and the samples at which a loss was not finite, if that happened
 """
 
@@ -27,6 +28,7 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint/last.safetensors"
 MODEL = "model.safetensors"
+EVALUATION = "evaluation.json"
 NON_FINITE = "non_finite_batch.json"
 
 
@@ -70,7 +72,7 @@ def check_free(run_dir: Path, overwrite: bool) -> None:
 
 def create(run_dir: Path, config: TrainingConfig) -> None:
     """Make the folder of a new run, without what an earlier one left in it, and write its config.json."""
-    for name in (CHECKPOINT, MODEL, METRICS, NON_FINITE, CONFIG):  # these alone: never a whole folder
+    for name in (CHECKPOINT, MODEL, METRICS, EVALUATION, NON_FINITE, CONFIG):  # these alone: never a whole folder
         (run_dir / name).unlink(missing_ok=True)
     (run_dir / CHECKPOINT).parent.mkdir(parents=True, exist_ok=True)
     content = {"settings": json.loads(config.to_json()), "versions": versions()}

@@ -1,0 +1,82 @@
+// The CPU kernels as the registration sees them: plain structs of pointers, no PyTorch.
+//
+// logsumexp.cpp, cross_entropy.cpp and gradient_norm.cpp are compiled once for each capability, with its instruction
+// set, in a namespace of its own; dispatch.cpp picks one when the library is first used.
+#pragma once
+
+#include <cstdint>
+
+namespace rds_fast::cpu {
+
+enum class Dtype { float64, float32, bfloat16, float16 };
+
+// N rows of C values: unit column stride, any row stride.
+struct Rows {
+  const void* data;
+  int64_t stride;
+};
+
+// One value a row, any stride. accumulated: of the accumulation dtype, else of the rows' dtype.
+struct Values {
+  const void* data;
+  int64_t stride;
+  bool accumulated;
+};
+
+// A fresh, contiguous result of one value a row.
+struct Results {
+  void* data;
+  bool accumulated;
+};
+
+struct Shape {
+  Dtype dtype;  // of the rows
+  int64_t rows;
+  int64_t columns;
+};
+
+// Class indices, or probabilities of the logits' dtype or the accumulation dtype.
+struct Target {
+  const int64_t* indices;  // null for probabilities
+  int64_t index_stride;
+  Rows probabilities;
+  bool accumulated;
+  double label_smoothing;
+  int64_t ignore_index;
+};
+
+// Where a state is saved for the backwards in the accumulation dtype; data may be null.
+struct Saved {
+  void* data;
+};
+
+// Every capability has these functions. Rows results (gx, dx, …) are contiguous and of the rows' dtype.
+#define RDS_FAST_CPU_KERNELS(X)                                                                                   \
+  X(logsumexp, (Shape shape, Rows x, Results result, Saved saved))                                                \
+  X(logsumexp_backward, (Shape shape, Values g, Rows x, const void* lse, void* gx))                               \
+  X(logsumexp_double_backward, (Shape shape, Rows v, Values g, Rows x, const void* lse, Results dg, void* dx))    \
+  X(cross_entropy, (Shape shape, Rows logits, Target target, Results ce, Results lse, Saved saved))               \
+  X(cross_entropy_backward,                                                                                       \
+    (Shape shape, Values g_ce, Values g_lse, Rows logits, Target target, const void* lse, void* gx))              \
+  X(cross_entropy_double_backward, (Shape shape, Rows v, Values g_ce, Values g_lse, Rows logits, Target target,   \
+                                    const void* lse, Results dg_ce, Results dg_lse, void* dx))                    \
+  X(gradient_norm, (Shape shape, Rows x, double p, double power, Results result, Saved saved))                    \
+  X(gradient_norm_backward, (Shape shape, Values g, Rows x, const void* saved, double p, double power, void* gx)) \
+  X(gradient_norm_double_backward,                                                                                \
+    (Shape shape, Rows v, Values g, Rows x, const void* saved, double p, double power, Results dg, void* dx))
+
+struct Kernels {
+  const char* capability;
+#define RDS_FAST_MEMBER(name, arguments) void(*name) arguments;
+  RDS_FAST_CPU_KERNELS(RDS_FAST_MEMBER)
+#undef RDS_FAST_MEMBER
+};
+
+// The kernels of the best capability that this CPU has, or of the lower one named by RDS_FAST_CPU_CAPABILITY.
+const Kernels& kernels();
+
+// PyTorch's thread pool: body(begin, end, context) on disjoint ranges that cover [0, count), at least grain long.
+void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
+int64_t thread_count();
+
+}  // namespace rds_fast::cpu

@@ -1,0 +1,195 @@
+// The loops of softmax.h for short rows: as many rows at once as a vector has lanes, column by column, so that nothing
+// is reduced across lanes and no row has a remainder.
+#pragma once
+
+#include "softmax.h"
+
+namespace rds_fast::cpu::RDS_FAST_CAPABILITY {
+
+// The longest row that is treated so: a tile of it stays in registers and the first-level cache.
+constexpr int64_t kShort = 32;
+
+// count ≤ kLanes rows from first on, transposed. Lanes beyond count repeat the first row.
+template <typename T>
+struct Tile {
+  static constexpr int64_t L = kLanes<T>;
+  alignas(64) T values[kShort * L];
+
+  RDS_FAST_INLINE void gather(Rows rows, int64_t first, int64_t count, int64_t columns) {
+    for (int64_t lane = 0; lane < L; ++lane) {
+      const T* row = row_of<T>(rows, first + (lane < count ? lane : 0));
+      for (int64_t c = 0; c < columns; ++c) values[c * L + lane] = row[c];
+    }
+  }
+  RDS_FAST_INLINE void scatter(void* out, int64_t first, int64_t count, int64_t columns) const {
+    for (int64_t lane = 0; lane < count; ++lane) {
+      T* row = static_cast<T*>(out) + (first + lane) * columns;
+      for (int64_t c = 0; c < columns; ++c) row[c] = values[c * L + lane];
+    }
+  }
+  RDS_FAST_INLINE Vec<T> column(int64_t c) const { return load(values + c * L); }
+  RDS_FAST_INLINE void set_column(int64_t c, Vec<T> v) { store(values + c * L, v); }
+};
+
+template <typename T>
+RDS_FAST_INLINE Vec<T> values_of_lanes(Values values, int64_t first, int64_t count) {
+  Acc<T> lanes[kLanes<T>];
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
+    lanes[lane] = value_of<T>(values, first + (lane < count ? lane : 0));
+  }
+  return load(lanes);
+}
+
+template <typename T>
+RDS_FAST_INLINE void set_results(Results results, int64_t first, int64_t count, Vec<T> v) {
+  if (results.accumulated) {
+    store_part(static_cast<Acc<T>*>(results.data) + first, v, count);
+  } else {
+    store_part(static_cast<T*>(results.data) + first, v, count);
+  }
+}
+
+// q' of the lanes' rows.
+template <typename T, typename Target>
+struct LaneTargets {  // none
+  RDS_FAST_INLINE LaneTargets(const Target&, int64_t, int64_t) {}
+  RDS_FAST_INLINE Vec<T> total() const { return Vec<T>{}; }
+  RDS_FAST_INLINE Vec<T> column(int64_t) const { return Vec<T>{}; }
+};
+template <typename T>
+struct LaneTargets<T, IndexTarget<T>> {
+  using A = Acc<T>;
+  BitsVec<A> index;
+  Vec<T> on, off, totals;
+
+  RDS_FAST_INLINE LaneTargets(const IndexTarget<T>& target, int64_t first, int64_t count) {
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
+      const auto row = target.row(first + (lane < count ? lane : 0));
+      index[lane] = row.index;
+      on[lane] = row.weights.on;
+      off[lane] = row.weights.off;
+      totals[lane] = row.weights.total;
+    }
+  }
+  RDS_FAST_INLINE BitsVec<A> is_class(int64_t c) const {
+    return index == BitsVec<A>{} + static_cast<typename Traits<T>::Bits>(c);
+  }
+  RDS_FAST_INLINE Vec<T> total() const { return totals; }
+  RDS_FAST_INLINE Vec<T> column(int64_t c) const { return is_class(c) ? on + off : off; }
+
+  // Q l − Σ q' f relative to the target's logit; see IndexTarget.
+  RDS_FAST_INLINE Vec<T> cross_entropy(const Tile<T>& f, int64_t columns, Vec<T> max, Vec<T> log_sum) const {
+    const Vec<T> zero = Vec<T>{}, infinity = splat<T>(A(INFINITY));
+    Vec<T> of_class = zero, sum = zero;
+    for (int64_t c = 0; c < columns; ++c) of_class = is_class(c) ? f.column(c) : of_class;
+    const Vec<T> reference = magnitudes(of_class) < infinity ? of_class : zero;
+    for (int64_t c = 0; c < columns; ++c) sum += f.column(c) - reference;
+    const Vec<T> from_class = on == zero ? zero : on * (of_class - reference);
+    const Vec<T> expected = off == zero ? from_class : from_class + off * sum;
+    const Vec<T> ce = magnitudes(log_sum) < infinity ? ((max - reference) + log_sum) - expected : splat<T>(A(NAN));
+    return totals == zero ? zero : ce;
+  }
+};
+
+// body(first, count) on every tile of rows.
+template <typename T, typename Body>
+void for_tiles(const Shape& shape, const Body& body) {
+  constexpr int64_t L = kLanes<T>;
+  parallel((shape.rows + L - 1) / L, row_grain(shape.columns * L), [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      body(tile * L, shape.rows - tile * L < L ? shape.rows - tile * L : L);
+    }
+  });
+}
+
+template <typename T, typename Target>
+void short_forward(const Shape& shape, Rows x, const Target& target, Results ce, Results lse, Saved saved) {
+  using A = Acc<T>;
+  for_tiles<T>(shape, [&](int64_t first, int64_t count) {
+    Tile<T> f;
+    f.gather(x, first, count, shape.columns);
+    OnlineSum<T> online;
+    for (int64_t c = 0; c < shape.columns; ++c) online.max = larger(f.column(c), online.max);
+    online.max = smaller(splat<T>(OnlineSum<T>::kLargest), online.max);
+    for (int64_t c = 0; c < shape.columns; ++c) online.sum += exponentials(f.column(c) - online.max);
+    const Vec<T> log_sum = logarithms_of_sums(online.sum);
+    set_results<T>(lse, first, count, online.max + log_sum);
+    if (saved.data != nullptr) store_part(static_cast<A*>(saved.data) + first, online.max + log_sum, count);
+    if constexpr (Target::present) {
+      const LaneTargets<T, Target> q(target, first, count);
+      set_results<T>(ce, first, count, q.cross_entropy(f, shape.columns, online.max, log_sum));
+    }
+  });
+}
+
+// The softmax of a tile, what each row of it sums to, and the factor of s in the backward.
+template <typename T, typename Target>
+struct TileSoftmax {
+  using A = Acc<T>;
+  Vec<T> softmax[kShort];
+  Vec<T> normaliser, g_ce, a;
+
+  RDS_FAST_INLINE TileSoftmax(const Tile<T>& f, const LaneTargets<T, Target>& q, const Cotangents<T, Target>& g,
+                              const void* lse, int64_t first, int64_t count, int64_t columns) {
+    const Vec<T> l = load_part(static_cast<const A*>(lse) + first, count, A(0));
+    const Vec<T> zero = Vec<T>{}, one = splat<T>(1);
+    Vec<T> sum = zero;
+    for (int64_t c = 0; c < columns; ++c) {
+      softmax[c] = exponentials(f.column(c) - l);
+      sum += softmax[c];
+    }
+    normaliser = sum > A(0.5) ? (sum < A(2) ? one / sum : one) : one;
+    a = values_of_lanes<T>(g.g_lse, first, count);
+    if constexpr (Target::present) {
+      g_ce = values_of_lanes<T>(g.g_ce, first, count);
+      a = q.total() == zero ? a : g_ce * q.total() + a;
+    }
+  }
+};
+
+template <typename T, typename Target>
+void short_backward(const Shape& shape, Cotangents<T, Target> g, Rows x, const Target& target, const void* lse,
+                    void* gx) {
+  for_tiles<T>(shape, [&](int64_t first, int64_t count) {
+    Tile<T> f;
+    f.gather(x, first, count, shape.columns);
+    const LaneTargets<T, Target> q(target, first, count);
+    const TileSoftmax<T, Target> s(f, q, g, lse, first, count, shape.columns);
+    const Vec<T> a = Target::present ? s.a * s.normaliser : s.a;
+    for (int64_t c = 0; c < shape.columns; ++c) {
+      Vec<T> value = s.softmax[c] * a;
+      if constexpr (Target::present) value = q.total() == Vec<T>{} ? value : value - s.g_ce * q.column(c);
+      f.set_column(c, value);
+    }
+    f.scatter(gx, first, count, shape.columns);
+  });
+}
+
+template <typename T, typename Target>
+void short_double_backward(const Shape& shape, Rows v, Cotangents<T, Target> g, Rows x, const Target& target,
+                           const void* lse, Results dg_ce, Results dg_lse, void* dx) {
+  for_tiles<T>(shape, [&](int64_t first, int64_t count) {
+    Tile<T> f, cotangent;
+    f.gather(x, first, count, shape.columns);
+    cotangent.gather(v, first, count, shape.columns);
+    const LaneTargets<T, Target> q(target, first, count);
+    const TileSoftmax<T, Target> s(f, q, g, lse, first, count, shape.columns);
+    Vec<T> of_softmax = Vec<T>{}, of_target = Vec<T>{};
+    for (int64_t c = 0; c < shape.columns; ++c) {
+      of_softmax += cotangent.column(c) * s.softmax[c];
+      if constexpr (Target::present) of_target += cotangent.column(c) * q.column(c);
+    }
+    of_softmax *= s.normaliser;
+    set_results<T>(dg_lse, first, count, of_softmax);
+    if constexpr (Target::present) {
+      const Vec<T> scaled = q.total() == Vec<T>{} ? Vec<T>{} : q.total() * of_softmax;
+      set_results<T>(dg_ce, first, count, scaled - of_target);
+    }
+    for (int64_t c = 0; c < shape.columns; ++c) {
+      f.set_column(c, s.softmax[c] * s.a * (cotangent.column(c) - of_softmax));
+    }
+    f.scatter(dx, first, count, shape.columns);
+  });
+}
+
+}  // namespace rds_fast::cpu::RDS_FAST_CAPABILITY

@@ -1,0 +1,264 @@
+// The p-norm n = ‖x‖ₚ of rows, raised to the power k, r = nᵏ, and its two derivatives.
+//
+// With u the gradient of n, and w = (|x|/n)^(p−2):
+//
+//     p = 1:   u = sign x                    p = 2:  u = x / n
+//     p = ∞:   u = sign x [|x| = n] / ties   else    u = sign x (|x|/n)^(p−1)
+//
+//     backward           gx = g k nᵏ⁻¹ u
+//     double backward    dg = k nᵏ⁻¹ Σ u v
+//                        dx = g k nᵏ⁻² [(p−1) w v + (k−p) u Σ u v];  p = 1, ∞: g k (k−1) nᵏ⁻² u Σ u v
+//
+// A row of zeros has derivative 0, but for Σ x² (p = k = 2), which is smooth: there dx = 2 g v. w is 0 where x is 0,
+// but for p = 2. nᵏ⁻² is applied as two factors, and x / n as two as well, so that nothing overflows on the way.
+#include "launch.cuh"
+#include "norm.cuh"
+
+namespace rds_fast::cuda {
+namespace {
+
+template <typename T, bool EUCLIDEAN>
+struct GradientNorm : RowOperation<T> {
+  using A = Accumulation<T>;
+  using State = ScaledSum<A>;
+  using Scalars = typename RowOperation<T>::None;
+  static constexpr bool REDUCES = true;
+
+  Norm<A, EUCLIDEAN> norm;
+  OutputColumn<T> result;
+  A* saved;
+
+  __device__ __forceinline__ State identity() const { return {0, 0}; }
+
+  template <int COUNT>
+  __device__ __forceinline__ void accumulate(State& state, Scalars, const Values<A, COUNT>& values) const {
+    norm.for_order([&](auto total) {
+      total = {state.scale, state.sum};
+      push(total, values.x);
+      state = {total.scale, total.sum};
+    });
+  }
+
+  template <NormOrder ORDER, int COUNT>
+  __device__ __forceinline__ void push(NormState<A, ORDER>& total, const A (&x)[COUNT]) const {
+    if constexpr (ORDER == NormOrder::one || ORDER == NormOrder::infinity) {
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) total.push(x[i], norm.p);
+    } else {
+      // One scale for all of them. For p = 2 it is a power of two: scaling is exact and a multiplication. Else it is
+      // the largest itself, because a high power of a ratio up to 2 might overflow.
+      constexpr bool TWO = ORDER == NormOrder::two;
+      A largest = 0;
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) largest = magnitude(x[i]) > largest ? magnitude(x[i]) : largest;
+      if (largest > (TWO ? A(2) * total.scale : total.scale)) {
+        total.merge({TWO ? power_of_two(largest) : largest, A(0)}, norm.p);
+      }
+      const A divisor = total.divisor_of(total.scale);
+      const A factor = A(1) / divisor;
+      A sum = 0;
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) {
+        const A t = TWO ? magnitude(x[i]) * factor : magnitude(x[i]) / divisor;
+        sum += TWO ? t * t : raise(t, norm.p);
+      }
+      total.sum += sum;
+    }
+  }
+
+  __device__ __forceinline__ void merge(State& state, const State& other) const {
+    norm.for_order([&](auto total) {
+      total = {state.scale, state.sum};
+      total.merge({other.scale, other.sum}, norm.p);
+      state = {total.scale, total.sum};
+    });
+  }
+
+  __device__ __forceinline__ void finish(int64_t r, Scalars, const State& state) const {
+    norm.for_order([&](auto total) {
+      total = {state.scale, state.sum};
+      const A n = total.value(norm.p);
+      result.store(r, power_of_norm(n, norm.k));
+      if (norm.order() == NormOrder::infinity) {
+        saved[2 * r] = n;
+        saved[2 * r + 1] = total.sum;
+      } else {
+        saved[r] = n;
+      }
+    });
+  }
+};
+
+// What the derivatives know of a row.
+template <typename A>
+struct NormScalars {
+  A g, n, ties;
+  DividedBy<A> quotient;
+};
+
+// The part that both derivatives have.
+template <typename T, bool EUCLIDEAN>
+struct NormDerivative : RowOperation<T> {
+  using A = Accumulation<T>;
+  using Scalars = NormScalars<A>;
+  static constexpr bool MAPS = true;
+
+  Norm<A, EUCLIDEAN> norm;
+  InputColumn<T> g;
+  const A* saved;
+
+  __device__ __forceinline__ Scalars scalars(int64_t r) const {
+    const bool has_ties = norm.order() == NormOrder::infinity;
+    const A n = has_ties ? saved[2 * r] : saved[r];
+    const A ties = has_ties ? saved[2 * r + 1] : A(1);
+    return {g[r], n, ties, DividedBy<A>(n)};
+  }
+
+  // An element of u.
+  __device__ __forceinline__ A gradient(const Scalars& row, A x) const {
+    switch (norm.order()) {
+      case NormOrder::two:
+        return row.quotient(x);
+      case NormOrder::one:
+        return static_cast<A>((x > A(0)) - (x < A(0)));
+      case NormOrder::infinity:
+        return magnitude(x) == row.n ? copysign(A(1), x) / row.ties : A(0);
+      default:
+        return copysign(raise(row.quotient(magnitude(x)), norm.p - A(1)), x);
+    }
+  }
+};
+
+template <typename T, bool EUCLIDEAN>
+struct GradientNormBackward : NormDerivative<T, EUCLIDEAN> {
+  using A = Accumulation<T>;
+  using State = typename RowOperation<T>::None;
+  using Scalars = NormScalars<A>;
+  struct Coefficients {
+    Scalars row;
+    A factor;  // g k nᵏ⁻¹
+  };
+
+  __device__ __forceinline__ Coefficients coefficients(const Scalars& row, State) const {
+    return {row, row.g * first_factor(row.n, this->norm.k)};
+  }
+  __device__ __forceinline__ A map(const Coefficients& c, A x, A, A, int64_t) const {
+    return c.factor * this->gradient(c.row, x);
+  }
+};
+
+template <typename T, bool EUCLIDEAN>
+struct GradientNormDoubleBackward : NormDerivative<T, EUCLIDEAN> {
+  using A = Accumulation<T>;
+  using State = A;  // Σ u v
+  using Scalars = NormScalars<A>;
+  struct Coefficients {
+    Scalars row;
+    A of_v, of_gradient;  // (p−1) k, and (k−p) k Σ u v or (k−1) k Σ u v
+    A outer, inner;       // outer · inner = g nᵏ⁻²
+  };
+  static constexpr bool REDUCES = true;
+  static constexpr bool READS_V = true;
+
+  OutputColumn<T> dg;
+
+  __device__ __forceinline__ State identity() const { return 0; }
+
+  template <int COUNT>
+  __device__ __forceinline__ void accumulate(State& sum, const Scalars& row, const Values<A, COUNT>& values) const {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) sum += this->gradient(row, values.x[i]) * values.v[i];
+  }
+
+  __device__ __forceinline__ void merge(State& sum, State other) const { sum += other; }
+
+  __device__ __forceinline__ void finish(int64_t r, const Scalars& row, State sum) const {
+    dg.store(r, first_factor(row.n, this->norm.k) * sum);
+  }
+
+  __device__ __forceinline__ Coefficients coefficients(const Scalars& row, State sum) const {
+    const A k = this->norm.k;
+    const bool flat = this->norm.order() == NormOrder::one || this->norm.order() == NormOrder::infinity;
+    if (EUCLIDEAN && k == A(2)) return {row, A(2), A(0), row.g, A(1)};  // dx = 2 g v, at a row of zeros too
+    const A root = second_factor_root(row.n, k);
+    return {row, flat ? A(0) : k * (this->norm.p - A(1)), (flat ? k * (k - A(1)) : k * (k - this->norm.p)) * sum,
+            row.g * root, root};
+  }
+
+  __device__ __forceinline__ A map(const Coefficients& c, A x, A v, A, int64_t) const {
+    A bracket = c.of_gradient * this->gradient(c.row, x);
+    if constexpr (EUCLIDEAN) {
+      bracket += c.of_v * v;
+    } else if (c.of_v != A(0) && x != A(0)) {
+      bracket += c.of_v * raise(c.row.quotient(magnitude(x)), this->norm.p - A(2)) * v;
+    }
+    return (c.outer * bracket) * c.inner;
+  }
+};
+
+// Calls body with x's element type and whether p = 2.
+template <typename Body>
+void for_element_type_and_order(const Tensor& x, double p, Body body) {
+  for_element_type(x, [&](auto element) {
+    if (p == 2.0) {
+      body(element, std::true_type{});
+    } else {
+      body(element, std::false_type{});
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> gradient_norm(Tensor x, double p, double power, bool full_precision) {
+  const Device device(x);
+  const ScalarType wide = accumulation_type(x);
+  const int64_t saved_columns = norm_order(p) == NormOrder::infinity ? 2 : 1;
+  Tensor result = new_column(x, full_precision ? wide : x.scalar_type());
+  Tensor saved = torch::stable::new_empty(x, std::vector<int64_t>{x.size(0), saved_columns}, wide);
+  for_element_type_and_order(x, p, [&](auto element, auto euclidean) {
+    using T = decltype(element);
+    using A = Accumulation<T>;
+    const GradientNorm<T, euclidean.value> op{
+        {}, {p, power}, output_column<T>(result, x), static_cast<A*>(saved.mutable_data_ptr())};
+    run_rows(device, op, make_rows<T>(x, nullptr, nullptr, nullptr), x);
+  });
+  return {result, saved};
+}
+
+Tensor gradient_norm_backward(Tensor g, Tensor x, Tensor saved, double p, double power) {
+  const Device device(x);
+  Tensor gx = new_rows(x);
+  for_element_type_and_order(x, p, [&](auto element, auto euclidean) {
+    using T = decltype(element);
+    using A = Accumulation<T>;
+    const GradientNormBackward<T, euclidean.value> op{
+        {{}, {p, power}, input_column<T>(g, x), static_cast<const A*>(saved.const_data_ptr())}};
+    run_rows(device, op, make_rows<T>(x, nullptr, nullptr, &gx), x);
+  });
+  return gx;
+}
+
+std::tuple<Tensor, Tensor> gradient_norm_double_backward(Tensor v, Tensor g, Tensor x, Tensor saved, double p,
+                                                         double power) {
+  const Device device(x);
+  Tensor dg = new_column(x, g.scalar_type());
+  Tensor dx = new_rows(x);
+  for_element_type_and_order(x, p, [&](auto element, auto euclidean) {
+    using T = decltype(element);
+    using A = Accumulation<T>;
+    const GradientNormDoubleBackward<T, euclidean.value> op{
+        {{}, {p, power}, input_column<T>(g, x), static_cast<const A*>(saved.const_data_ptr())},
+        output_column<T>(dg, x)};
+    run_rows(device, op, make_rows<T>(x, &v, nullptr, &dx), x);
+  });
+  return {dg, dx};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rds_fast_native, CUDA, m) {
+  m.impl("gradient_norm", TORCH_BOX(&gradient_norm));
+  m.impl("gradient_norm_backward", TORCH_BOX(&gradient_norm_backward));
+  m.impl("gradient_norm_double_backward", TORCH_BOX(&gradient_norm_double_backward));
+}
+
+}  // namespace rds_fast::cuda

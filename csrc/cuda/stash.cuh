@@ -1,0 +1,114 @@
+// reduce_map_stashed: rows too long for registers, kept in shared memory between the reduction and the map.
+//
+// A block loads a row, and puts what it loads into up to 227 KB of dynamic shared memory; the map takes it from there.
+// Of a row that is longer only the rest is read a second time, much of it from the L2 cache, because few such rows are
+// under way at once. Every thread takes back only what it put there itself, so no barrier is needed.
+#pragma once
+
+#include "rows.cuh"
+
+namespace rds_fast::cuda {
+
+template <typename Op>
+struct Stash {
+  static constexpr bool KEEPS_Q = Op::READS_Q && Op::MAP_READS_Q;
+  uint4* slots;
+  int64_t chunks;  // those of the row that fit
+  bool q_wide;
+
+  // 16-byte slots that a chunk of every input takes.
+  static __host__ __device__ int slots_per_chunk(bool q_wide) {
+    return 1 + (Op::READS_V ? 1 : 0) + (KEEPS_Q ? (q_wide ? 2 : 1) : 0);
+  }
+
+  __device__ __forceinline__ void put(int64_t chunk, const Chunk& values) const {
+    uint4* slot = slots + chunk;
+    *slot = values.x;
+    if constexpr (Op::READS_V) *(slot += chunks) = values.v;
+    if constexpr (KEEPS_Q) {
+      *(slot += chunks) = values.q[0];
+      if (q_wide) *(slot += chunks) = values.q[1];
+    }
+  }
+
+  __device__ __forceinline__ Chunk take(int64_t chunk) const {
+    const uint4* slot = slots + chunk;
+    Chunk values;
+    values.x = *slot;
+    if constexpr (Op::READS_V) values.v = *(slot += chunks);
+    if constexpr (KEEPS_Q) {
+      values.q[0] = *(slot += chunks);
+      if (q_wide) values.q[1] = *(slot += chunks);
+    }
+    return values;
+  }
+};
+
+template <typename Op>
+__device__ __forceinline__ void accumulate_and_stash(const Op& op, typename Op::State& state,
+                                                     const typename Op::Scalars& scalars,
+                                                     const Rows<typename Op::Element>& rows, const Row<Op>& row,
+                                                     const Stash<Op>& stash) {
+  for (int64_t base = threadIdx.x; base < row.body; base += STASH_BLOCK * UNROLL) {
+    Chunk chunks[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      const int64_t chunk = base + u * STASH_BLOCK;
+      if (chunk < row.body) chunks[u] = load_chunk<Op>(rows, row, row.chunk_column(chunk));
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      const int64_t chunk = base + u * STASH_BLOCK;
+      if (chunk < stash.chunks) stash.put(chunk, chunks[u]);
+      if (chunk < row.body) op.accumulate(state, scalars, unpack_chunk<Op>(rows, chunks[u]));
+    }
+  }
+}
+
+template <typename Op>
+__device__ __forceinline__ void map_stashed(const Op& op, const typename Op::Coefficients& coefficients,
+                                            const Rows<typename Op::Element>& rows, const Row<Op>& row,
+                                            const Stash<Op>& stash) {
+  for (int64_t base = threadIdx.x; base < row.body; base += STASH_BLOCK * UNROLL) {
+    Chunk chunks[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      const int64_t chunk = base + u * STASH_BLOCK;
+      if (chunk < stash.chunks) {
+        chunks[u] = stash.take(chunk);
+      } else if (chunk < row.body) {
+        chunks[u] = load_chunk<Op>(rows, row, row.chunk_column(chunk));
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      const int64_t chunk = base + u * STASH_BLOCK;
+      if (chunk < row.body) map_chunk(op, coefficients, rows, row, row.chunk_column(chunk), chunks[u]);
+    }
+  }
+}
+
+template <typename Op>
+__global__ void __launch_bounds__(STASH_BLOCK, 1)
+    reduce_map_stashed(Op op, Rows<typename Op::Element> rows, int64_t capacity) {
+  for (int64_t r = blockIdx.x; r < rows.rows; r += gridDim.x) {
+    const Row<Op> row(rows, r);
+    const int64_t fitting = capacity < row.body ? capacity : row.body;
+    const Stash<Op> stash{reinterpret_cast<uint4*>(dynamic_shared_memory()), fitting, rows.q_wide};
+    const auto scalars = op.scalars(r);
+    auto state = op.identity();
+    accumulate_and_stash(op, state, scalars, rows, row, stash);
+    Values<typename Op::A, 1> edge;
+    if (threadIdx.x < row.edges) {
+      edge = load_element<Op>(rows, row, row.edge_column(threadIdx.x));
+      op.accumulate(state, scalars, edge);
+    }
+    merge_threads<STASH_BLOCK>(op, state);
+    if (threadIdx.x == 0) op.finish(r, scalars, state);
+    const auto coefficients = op.coefficients(scalars, state);
+    map_stashed(op, coefficients, rows, row, stash);
+    if (threadIdx.x < row.edges) map_element(op, coefficients, row, row.edge_column(threadIdx.x), edge);
+  }
+}
+
+}  // namespace rds_fast::cuda

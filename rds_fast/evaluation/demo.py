@@ -1,0 +1,120 @@
+"""The demonstration: cross-entropy and three penalties on BlockMNIST, measured on the test split."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..training import data, runs
+from ..training.config import TrainingConfig
+from ..training.loop import cpu_threads, resolve_device, train
+from .evaluate import EvaluationSettings, Figures, evaluate_run
+from .sweep import BASELINE, OBJECTIVES, SWEEP, candidate_config
+
+SHOWN = (BASELINE, "target-logit", "input-gradient", "density")
+WEIGHTS_FILE = "demo_weights.json"
+
+
+class Trained(NamedTuple):
+    """One model of the demonstration, its figures on the test split and the rows of its metrics.jsonl."""
+
+    config: TrainingConfig
+    run_dir: Path
+    figures: Figures
+    metrics: list[dict[str, Any]]
+    seconds: float  # that training took
+
+
+def label(name: str, models: Sequence[Trained]) -> str:
+    """What a table calls the models of an objective."""
+    title = OBJECTIVES[name].title
+    return title if name == BASELINE else f"{title}, λ = {models[0].config.weight:g}"
+
+
+def chosen_weights(path: Path | None = None) -> dict[str, Any]:
+    """The record of the sweep that chose the weights; default: the one that ships with the package.
+
+    ``rds-fast sweep`` wrote it, on the validation split; its ``command`` is the command line.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not the record of a finished sweep over the demonstration's penalties.
+    """
+    if path is not None and path.is_dir():
+        path = path / SWEEP
+    if path is not None and not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; expected the {SWEEP} that 'rds-fast sweep' writes")
+    content = path.read_text() if path else resources.files(__package__).joinpath(WEIGHTS_FILE).read_text()
+    shown = path or WEIGHTS_FILE
+    try:
+        record = json.loads(content)
+        missing = [part for part in ("training", "trials", "weights", "seeds", "command") if part not in record]
+        missing += [name for name in SHOWN if name != BASELINE and name not in record.get("choices", {})]
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise ValueError(f"{shown} is no record of a sweep ({error!r}); run 'rds-fast sweep' again") from error
+    if missing:
+        raise ValueError(
+            f"{shown} holds nothing for {', '.join(missing)}; let 'rds-fast sweep' finish with all penalties"
+        )
+    return record
+
+
+def demo(
+    out: str | Path,
+    record: Mapping[str, Any],
+    settings: EvaluationSettings,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    epochs: int | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    report: Callable[[str], None] = print,
+) -> dict[str, list[Trained]]:
+    """Train the models with the chosen weights, replacing those of an earlier demonstration, and measure them.
+
+    Args:
+        out: a folder; one run a model goes below it.
+        record: of the sweep: its settings and weights are used.
+        settings: of the evaluation, on the test split.
+        seeds: of weights and data order; each objective is trained once with each.
+        epochs: default: as in the sweep.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        threads: default: torch's own number.
+        report: is told of each model as it is done.
+
+    Returns:
+        The models, one a seed, by the names of ``SHOWN``.
+    """
+    changes = {"device": device, "threads": threads} | ({} if epochs is None else {"epochs": epochs})
+    base = TrainingConfig.from_settings({**record["training"], **changes})
+    resolve_device(base.device)  # what is wrong is to fail before anything is loaded or replaced
+    if not base.data.startswith("block-"):
+        raise ValueError(
+            f"the weights are for {base.data}; the demonstration needs data with a null block, block-mnist"
+        )
+    splits = data.load(base.data, base.data_root, base.data_seed)
+    models: dict[str, list[Trained]] = {}
+    for name in SHOWN:
+        weight = None if name == BASELINE else float(record["choices"][name]["weight"])
+        for seed in seeds:
+            started = time.perf_counter()
+            config = candidate_config(base, name, weight, seed)
+            trained = _train(Path(out) / f"{name}-seed{seed}", config, settings, splits)
+            models.setdefault(name, []).append(trained)
+            spent = time.perf_counter() - started
+            report(
+                f"{label(name, models[name])}, seed {seed}: {trained.seconds:.1f} s of training, "
+                f"{spent - trained.seconds:.1f} s of validation, checkpoints and evaluation"
+            )
+    return models
+
+
+def _train(run_dir: Path, config: TrainingConfig, settings: EvaluationSettings, splits: data.Splits) -> Trained:
+    result = train(config, run_dir, overwrite=(run_dir / runs.CONFIG).exists(), quiet=True, splits=splits)
+    with cpu_threads(config.threads):
+        figures = evaluate_run(run_dir, settings, device=config.device, splits=splits)
+    return Trained(config, run_dir, figures, result.metrics, result.seconds)

@@ -1,0 +1,30 @@
+"""Runs ``interpreter_cases.py`` in a process of its own, where Triton's interpreter takes the compiler's place."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_kernels_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    cases = Path(__file__).with_name("interpreter_cases.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", str(cases)]
+    # numpy warns of log 0 and inf − inf, which are meant, where a GPU does not
+    command += ["-W", "ignore::RuntimeWarning"]
+    # The arrays are small: threads would only wait for one another.
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    summary = run.stdout.strip().rpartition("\n")[2]
+    passed = re.fullmatch(r"(\d+) passed in .*", summary)  # nothing failed, was skipped or was deselected
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert passed, run.stdout + run.stderr
+    functions = len(re.findall(r"^def test_", cases.read_text(), re.MULTILINE))
+    assert int(passed.group(1)) > functions  # every function, many of them with several cases
