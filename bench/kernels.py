@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import rds_fast
-from bench.measure import Results, device_name, interleaved_seconds
+from bench.measure import Results, device_name, interleaved_seconds, keep_freed_memory
 
 MODES = ("forward", "backward", "double_backward")
 
@@ -176,6 +176,7 @@ def main() -> None:
     if not cuda and "triton" in ours:
         ours.remove("triton")  # the interpreter
     providers = arguments.providers or ["torch", *ours]
+    keep_freed_memory()
     print(f"{device_name(device)}, torch {torch.__version__}; medians of {arguments.rounds} interleaved rounds")
     for operation in arguments.operations:
         for dtype in dtypes:

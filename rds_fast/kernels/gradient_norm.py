@@ -374,7 +374,7 @@ def gradient_norm_double_backward(
 ) -> tuple[Tensor, Tensor]:
     """dg = k n^(k−1) (u·v) and dx, as above."""
     modes, numbers = _modes(p, power), _numbers(p, power)
-    launch = plan(x, v, heavy=modes["P"] == "general")
+    launch = plan(x, v, heavy=modes["P"] != "two")
     N, D = launch.N, launch.C
     dg, dx = g.new_empty(N), x.new_empty(x.shape)
     if N == 0:

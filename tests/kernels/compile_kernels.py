@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import pkgutil
 import re
 import subprocess
@@ -77,12 +78,19 @@ def launch_cross_entropy(x: torch.Tensor, v: torch.Tensor, row: torch.Tensor, g:
 
 
 def launch_gradient_norm(x: torch.Tensor, v: torch.Tensor, row: torch.Tensor, g: torch.Tensor) -> None:
-    """p = 2 at power 1, which is the default; and the general code, which needs more registers."""
-    modes = [(2.0, 1.0), (3.0, 1.5)]
-    for p, power in modes if tuple(x.shape) in MOST_REGISTERS else modes[:1]:
+    """p = 2 at power 1, which is the default; the general code, which needs more registers; and each other case of
+    p and power that the kernels tell apart, at the longest rows that stay in registers.
+    """
+    modes = [(2.0, 1.0)]
+    if tuple(x.shape) in MOST_REGISTERS:
+        modes.append((3.0, 1.5))
+    if x.shape[1] in (rows._TILES[-2].limit, rows._TILES[-1].limit):
+        modes += [(1.0, 1.0), (math.inf, 1.0), (2.0, 2.0)]
+    for p, power in modes:
+        saved = row.new_empty((x.shape[0], 2 if p == math.inf else 1))
         gradient_norm.gradient_norm(x, p, power, False)
-        gradient_norm.gradient_norm_backward(g, x, row[:, None], p, power)
-        gradient_norm.gradient_norm_double_backward(v, g, x, row[:, None], p, power)
+        gradient_norm.gradient_norm_backward(g, x, saved, p, power)
+        gradient_norm.gradient_norm_double_backward(v, g, x, saved, p, power)
 
 
 FAMILIES: tuple[Callable[..., None], ...] = (launch_logsumexp, launch_cross_entropy, launch_gradient_norm)

@@ -108,6 +108,28 @@ def test_masked_logits(backend: str) -> None:
     torch.testing.assert_close(gx, expected)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        [math.inf, 1.0, 2.0],
+        [1.0, math.inf, 2.0],
+        [-math.inf, -math.inf, -math.inf],
+        [-math.inf, 1.0, 2.0],
+        [math.nan, 1.0, 2.0],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("columns", [3, 40], ids=["short row", "several vectors"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_infinities_and_nan_as_torch(backend: str, row: list[float], columns: int, label_smoothing: float) -> None:
+    f = torch.tensor([row + [0.5] * (columns - 3)], requires_grad=True)
+    target = torch.tensor([0])
+    ce, lse = rds_fast.cross_entropy_with_logsumexp(f, target, label_smoothing=label_smoothing)
+    expected, expected_lse = plain(f, target, label_smoothing)
+    torch.testing.assert_close(ce, expected, equal_nan=True)
+    torch.testing.assert_close(lse, expected_lse, equal_nan=True)
+
+
 def test_ignored_rows(backend: str) -> None:
     f = torch.randn(4, 3, requires_grad=True)
     target = torch.tensor([0, 7, 2, 7])
