@@ -7,7 +7,7 @@
 namespace rds_fast::cpu::RDS_FAST_CAPABILITY {
 
 // The longest row that is treated so: a tile of it stays in registers and the first-level cache.
-constexpr int64_t kShort = 32;
+constexpr int64_t kShort = 64;
 
 // count ≤ kLanes rows from first on, transposed. Lanes beyond count repeat the first row.
 template <typename T>
@@ -63,13 +63,17 @@ struct LaneTargets<T, IndexTarget<T>> {
   Vec<T> on, off, totals;
 
   RDS_FAST_INLINE LaneTargets(const IndexTarget<T>& target, int64_t first, int64_t count) {
+    typename Traits<T>::Bits indices[kLanes<T>];  // not vectors: writing one lane of a vector stores and reloads it
+    A totals_of_lanes[kLanes<T>];
     for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
       const auto row = target.row(first + (lane < count ? lane : 0));
-      index[lane] = row.index;
-      on[lane] = row.weights.on;
-      off[lane] = row.weights.off;
-      totals[lane] = row.weights.total;
+      indices[lane] = row.index;
+      totals_of_lanes[lane] = row.weights.total;
     }
+    std::memcpy(&index, indices, sizeof(index));
+    totals = load(totals_of_lanes);  // 1, or 0 in an ignored row
+    on = totals * target.weights.on;
+    off = totals * target.weights.off;
   }
   RDS_FAST_INLINE BitsVec<A> is_class(int64_t c) const {
     return index == BitsVec<A>{} + static_cast<typename Traits<T>::Bits>(c);

@@ -107,11 +107,13 @@ struct IndexTarget {
 
   const cpu::Target& given;
   int64_t classes;
+  SmoothedTarget<A> weights{given.label_smoothing, classes, false};
 
   RDS_FAST_INLINE Row row(int64_t row) const {
     const int64_t index = given.indices[row * given.index_stride];
     const bool ignored = index == given.ignore_index;
-    return {ignored ? 0 : index, SmoothedTarget<A>(given.label_smoothing, classes, ignored)};
+    if (ignored) return {0, SmoothedTarget<A>(given.label_smoothing, classes, true)};
+    return {index, weights};
   }
 };
 
