@@ -28,7 +28,7 @@ def build_information() -> dict[str, Any] | None:
     """What the native build recorded of itself; None where it was not built."""
     if importlib.util.find_spec("rds_fast._build_info") is None:
         return None
-    return dict(importlib.import_module("rds_fast._build_info").build_information())
+    return dict(importlib.import_module("rds_fast._build_info").build_info())
 
 
 def report() -> list[tuple[str, list[tuple[str, str]]]]:
@@ -41,7 +41,7 @@ def report() -> list[tuple[str, list[tuple[str, str]]]]:
     ]
     built = build_information()
     native = (
-        [(name, str(value)) for name, value in built.items()]
+        [(name, ", ".join(value) if isinstance(value, list) else str(value)) for name, value in built.items()]
         if built is not None
         else [("native kernels", "not built (see 'Building' in README.md)")]
     )

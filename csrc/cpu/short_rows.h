@@ -151,9 +151,56 @@ struct TileSoftmax {
   }
 };
 
+// The lanes of v at the given indices.
+template <typename T>
+RDS_FAST_INLINE Vec<T> permuted(Vec<T> v, BitsVec<Acc<T>> lanes) {
+#if defined(__clang__)
+  Vec<T> result;
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) result[lane] = v[lanes[lane]];
+  return result;
+#else
+  return __builtin_shuffle(v, lanes);
+#endif
+}
+
+// gx = g s of contiguous rows, element by element as they lie in memory: nothing is reduced, so nothing need be
+// transposed. A tile of L rows is as many vectors as there are columns, and which row a lane of the i-th belongs to is
+// the same in every tile.
+template <typename T>
+void flat_backward(const Shape& shape, Values g, const T* x, const void* lse, T* gx) {
+  using A = Acc<T>;
+  constexpr int64_t L = kLanes<T>;
+  const int64_t columns = shape.columns;
+  BitsVec<A> row_of_lane[kShort];
+  for (int64_t i = 0; i < columns; ++i) {
+    for (int64_t lane = 0; lane < L; ++lane) row_of_lane[i][lane] = (i * L + lane) / columns;
+  }
+  for_tiles<T>(shape, [&](int64_t first, int64_t count) {
+    const Vec<T> l = load_part(static_cast<const A*>(lse) + first, count, A(0));
+    const Vec<T> factor = values_of_lanes<T>(g, first, count);
+    const T* from = x + first * columns;
+    T* to = gx + first * columns;
+    const int64_t size = count * columns;
+    for (int64_t i = 0; i < columns && i * L < size; ++i) {
+      const Vec<T> of_row = permuted<T>(l, row_of_lane[i]), scale = permuted<T>(factor, row_of_lane[i]);
+      if ((i + 1) * L <= size) {
+        store(to + i * L, exponentials(load(from + i * L) - of_row) * scale);
+      } else {
+        const int64_t rest = size - i * L;
+        store_part(to + i * L, exponentials(load_part(from + i * L, rest, A(0)) - of_row) * scale, rest);
+      }
+    }
+  });
+}
+
 template <typename T, typename Target>
 void short_backward(const Shape& shape, Cotangents<T, Target> g, Rows x, const Target& target, const void* lse,
                     void* gx) {
+  if constexpr (!Target::present) {
+    if (x.stride == shape.columns) {
+      return flat_backward<T>(shape, g.g_lse, static_cast<const T*>(x.data), lse, static_cast<T*>(gx));
+    }
+  }
   for_tiles<T>(shape, [&](int64_t first, int64_t count) {
     Tile<T> f;
     f.gather(x, first, count, shape.columns);
