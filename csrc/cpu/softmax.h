@@ -48,7 +48,13 @@ RDS_FAST_INLINE LogSumExpState<Acc<T>> log_sum_exp(const T* x, int64_t begin, in
   constexpr int kGroup = 8;
   OnlineSum<T> online;
   int64_t i = begin;
+  // The compiler takes the maxima, and with them the first touch of each line, in an order of its own, and at some
+  // alignments of the row the hardware then prefetches nothing (a third of the rate on a Zen 5): hence by hand.
+  constexpr int64_t kAhead = 2048;
+  constexpr int kLine = 64 / sizeof(T);
   for (; i + kGroup * L <= end; i += kGroup * L) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kGroup * L; k += kLine) __builtin_prefetch(x + i + k + kAhead / sizeof(T));
     Vec<T> values[kGroup];
 #pragma GCC unroll 8
     for (int k = 0; k < kGroup; ++k) values[k] = load(x + i + k * L);
