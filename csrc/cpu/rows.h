@@ -63,10 +63,19 @@ RDS_FAST_INLINE void stream(T* to, Vec<T> v) {
                                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
   }
 #endif
+#if defined(__x86_64__)
   if constexpr (sizeof(values) == 16) {
     return _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
   }
+#endif
   std::memcpy(to, values, sizeof(values));
+}
+
+// Streamed stores are seen by other threads after this.
+RDS_FAST_INLINE void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 // Results of this size or more do not fit in a cache beside their inputs.
@@ -119,7 +128,7 @@ void for_chunks(const Shape& shape, const Write& write) {
                const int64_t begin = unit % chunks * kChunk;
                write(unit / chunks, begin, begin + kChunk < shape.columns ? begin + kChunk : shape.columns);
              }
-             _mm_sfence();  // after streamed stores
+             finish_streams();
            });
 }
 
@@ -140,7 +149,7 @@ void reduce_rows(const Shape& shape, const Reduce& reduce, const Merge& merge, c
         // Backwards: what was read last is still in the cache.
         for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) write(row, chunk * kChunk, end_of(chunk), total);
       }
-      _mm_sfence();
+      finish_streams();
     });
     return;
   }
