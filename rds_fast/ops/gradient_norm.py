@@ -136,7 +136,7 @@ def gradient_norm(gradient: Tensor, p: float = 2.0, *, power: float = 1) -> Tens
         ``‖gradient‖ₚ^power``, (N,), in the dtype of ``gradient``; float32 for a 16-bit gradient under autocast.
 
     Raises:
-        TypeError: ``gradient`` is not a tensor or not floating point.
+        TypeError: ``gradient`` is not a tensor or not floating point, or ``p`` or ``power`` is not a number.
         ValueError: it has no dimension, ``p`` is outside [1, ∞], or ``power`` is not positive and finite.
     """
     if not isinstance(gradient, Tensor):
@@ -156,7 +156,10 @@ def gradient_norm(gradient: Tensor, p: float = 2.0, *, power: float = 1) -> Tens
 
 
 def check_norm(p: float, power: float) -> None:
-    """Raise ValueError unless p is in [1, ∞] and power is positive and finite."""
+    """Raise unless p is a number in [1, ∞] and power a positive, finite one."""
+    for name, value in (("p", p), ("power", power)):
+        if not isinstance(value, int | float):
+            raise TypeError(f"{name} is {value!r}; it must be a number (for the maximum norm p=math.inf)")
     if not p >= 1:
         raise ValueError(f"p is {p}; the order of the norm must be in [1, inf]")
     if not 0 < power < float("inf"):

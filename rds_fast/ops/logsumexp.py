@@ -152,7 +152,7 @@ def logsumexp(input: Tensor, dim: int | tuple[int, ...] = -1, keepdim: bool = Fa
         float32 (float64 for float64).
 
     Raises:
-        TypeError: ``input`` is not a tensor, or is complex.
+        TypeError: ``input`` is not a tensor, or is complex; or ``dim`` is neither an int nor a tuple of them.
         IndexError: ``dim`` is out of range.
         RuntimeError: ``dim`` names a dimension twice, or a third derivative is asked for.
     """
@@ -165,7 +165,7 @@ def logsumexp(input: Tensor, dim: int | tuple[int, ...] = -1, keepdim: bool = Fa
     backend = select(input)
     if backend == "reference" or input.numel() == 0:
         return reference.logsumexp(input, dim, keepdim)
-    if input.dim() == 2 and (dim == -1 or dim == 1) and not keepdim:  # the common case, on the short path
+    if input.dim() == 2 and isinstance(dim, int) and dim in (-1, 1) and not keepdim:  # the common case, on the short path
         return LogSumExp.apply(with_unit_column_stride(input), full_precision(input), backend)[0]
     reduced = _canonical_dims(dim, input.dim())
     kept = [d for d in range(input.dim()) if d not in reduced]
@@ -180,7 +180,9 @@ def logsumexp(input: Tensor, dim: int | tuple[int, ...] = -1, keepdim: bool = Fa
 
 def _canonical_dims(dim: int | tuple[int, ...], rank: int) -> list[int]:
     """The reduced dimensions as sorted numbers in [0, rank); none for a 0-d input."""
-    dims = [dim] if isinstance(dim, int) else list(dim)
+    dims = [dim] if isinstance(dim, int) else list(dim) if isinstance(dim, tuple | list) else [dim]
+    if not all(isinstance(d, int) for d in dims):
+        raise TypeError(f"dim is {dim!r}; it must be an int or a tuple of ints")
     if not dims:
         raise RuntimeError("dim is empty; logsumexp needs at least one dimension to reduce, as torch.logsumexp does")
     span = max(rank, 1)  # a 0-d input has one virtual dimension

@@ -171,6 +171,8 @@ def test_matches_the_reference_class_by_class(backend: str) -> None:
     [
         (([1.0, 2.0], 0), TypeError, "input is a list"),
         ((torch.ones(2, dtype=torch.complex64), 0), TypeError, "complex64; logsumexp needs a real tensor"),
+        ((torch.ones(2, 3), 1.0), TypeError, None),
+        ((torch.ones(2, 3), None), TypeError, None),
         ((torch.ones(2, 3), 2), IndexError, None),
         ((torch.ones(2, 3), (0, 0)), RuntimeError, None),
         ((torch.ones(2, 3), (0, -2)), RuntimeError, None),
