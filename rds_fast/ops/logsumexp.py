@@ -165,7 +165,8 @@ def logsumexp(input: Tensor, dim: int | tuple[int, ...] = -1, keepdim: bool = Fa
     backend = select(input)
     if backend == "reference" or input.numel() == 0:
         return reference.logsumexp(input, dim, keepdim)
-    if input.dim() == 2 and isinstance(dim, int) and dim in (-1, 1) and not keepdim:  # the common case, on the short path
+    # The common case, on the short path.
+    if input.dim() == 2 and isinstance(dim, int) and dim in (-1, 1) and not keepdim:
         return LogSumExp.apply(with_unit_column_stride(input), full_precision(input), backend)[0]
     reduced = _canonical_dims(dim, input.dim())
     kept = [d for d in range(input.dim()) if d not in reduced]
