@@ -20,7 +20,7 @@ from torch.autograd import Function
 from .. import reference
 from ..backends import select
 from .logsumexp import LogSumExpBackward, full_precision, saved_logsumexp, with_unit_column_stride
-from .registration import register, third_derivative
+from .registration import derivative, register, third_derivative
 
 
 def _forward_fake(
@@ -103,9 +103,10 @@ class CrossEntropyWithLogSumExp(Function):
         if g_ce is None and g_lse is None:
             gradient = None
         elif g_ce is None:  # the inner pass of the density penalty: the target does not enter
-            gradient = LogSumExpBackward.apply(g_lse, logits, lse, ctx.backend)
+            gradient = derivative(LogSumExpBackward, g_lse, logits, lse, ctx.backend)
         else:
-            gradient = CrossEntropyBackward.apply(
+            gradient = derivative(
+                CrossEntropyBackward,
                 g_ce,
                 torch.zeros_like(g_ce) if g_lse is None else g_lse,
                 logits,
@@ -146,8 +147,8 @@ class CrossEntropyBackward(Function):
     def backward(ctx: Any, v: Tensor | None) -> Any:
         if v is None:
             return (None,) * 8
-        derivatives = CrossEntropyDoubleBackward.apply(
-            v, *ctx.saved_tensors, ctx.label_smoothing, ctx.ignore_index, ctx.backend
+        derivatives = derivative(
+            CrossEntropyDoubleBackward, v, *ctx.saved_tensors, ctx.label_smoothing, ctx.ignore_index, ctx.backend
         )
         return (*derivatives, None, None, None, None, None)
 

@@ -22,7 +22,7 @@ from torch.autograd import Function
 from .. import reference
 from ..backends import select
 from .logsumexp import full_precision, with_unit_column_stride
-from .registration import register, third_derivative
+from .registration import derivative, register, third_derivative
 
 
 def _forward_fake(x: Tensor, p: float, power: float, full_precision: bool, backend: str) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ class GradientNorm(Function):
     def backward(ctx: Any, g: Tensor | None, _: Any) -> Any:
         if g is None:
             return None, None, None, None, None
-        gradient = GradientNormBackward.apply(g, *ctx.saved_tensors, ctx.p, ctx.power, ctx.backend)
+        gradient = derivative(GradientNormBackward, g, *ctx.saved_tensors, ctx.p, ctx.power, ctx.backend)
         return gradient, None, None, None, None
 
 
@@ -97,7 +97,7 @@ class GradientNormBackward(Function):
     def backward(ctx: Any, v: Tensor | None) -> Any:
         if v is None:
             return (None,) * 6
-        dg, dx = GradientNormDoubleBackward.apply(v, *ctx.saved_tensors, ctx.p, ctx.power, ctx.backend)
+        dg, dx = derivative(GradientNormDoubleBackward, v, *ctx.saved_tensors, ctx.p, ctx.power, ctx.backend)
         return dg, dx, None, None, None, None
 
 

@@ -22,7 +22,7 @@ from torch.autograd import Function
 from .. import reference
 from ..backends import select
 from ..reference import accumulation_dtype
-from .registration import register, third_derivative
+from .registration import derivative, register, third_derivative
 
 
 def _forward_fake(x: Tensor, full_precision: bool, backend: str) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ class LogSumExp(Function):
     def backward(ctx: Any, g: Tensor | None, _: Any) -> Any:
         if g is None:
             return None, None, None
-        return LogSumExpBackward.apply(g, *ctx.saved_tensors, ctx.backend), None, None
+        return derivative(LogSumExpBackward, g, *ctx.saved_tensors, ctx.backend), None, None
 
 
 class LogSumExpBackward(Function):
@@ -106,7 +106,7 @@ class LogSumExpBackward(Function):
     def backward(ctx: Any, v: Tensor | None) -> Any:
         if v is None:
             return None, None, None, None
-        dg, dx = LogSumExpDoubleBackward.apply(v, *ctx.saved_tensors, ctx.backend)
+        dg, dx = derivative(LogSumExpDoubleBackward, v, *ctx.saved_tensors, ctx.backend)
         return dg, dx, None, None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 _library = torch.library.Library("rds_fast", "DEF")
 
@@ -80,6 +81,15 @@ def _run_batched(operation: Any, info: Any, in_dims: tuple[int | None, ...], *ar
         tuple(result.reshape(info.batch_size, rows, *result.shape[1:]) for result in results),
         (0,) * len(results),
     )
+
+
+def derivative(function: type[Function], *arguments: Any) -> Any:
+    """Call the autograd Function that is a derivative; past autograd where no further derivative can be asked for.
+
+    A backward runs with gradients enabled only if its own graph is wanted, and ``apply`` costs some 20 µs more than the
+    operation alone.
+    """
+    return function.apply(*arguments) if torch.is_grad_enabled() else function.forward(*arguments)
 
 
 def third_derivative(operation: str) -> RuntimeError:
