@@ -6,7 +6,6 @@ import os
 import sys
 
 from .training.extras import missing
-from .training.loop import NonFiniteError
 
 
 def main() -> None:
@@ -19,7 +18,7 @@ def main() -> None:
                 raise
             raise missing(error.name, "the command line") from error
         app()
-    except (ValueError, OSError, ImportError, NonFiniteError) as error:
+    except (ValueError, OSError, ImportError, ArithmeticError) as error:  # ArithmeticError: a loss is not finite
         if os.environ.get("RDS_FAST_TRACEBACK") == "1":
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -59,7 +59,8 @@ def pgd(
     Raises:
         TypeError: x is not floating, or y not of integers.
         ValueError: labels, logits, epsilon, steps, step_size, norm or bounds are not as described.
-        RuntimeError: the logits do not depend on x differentiably, or their gradient is not finite.
+        RuntimeError: the logits do not depend on x differentiably.
+        FloatingPointError: their gradient is not finite.
     """
     _check_arguments(x, y, epsilon, norm, steps, step_size, bounds)
     with torch.inference_mode(False), torch.enable_grad():
@@ -78,7 +79,7 @@ def pgd(
             gradient = _loss_gradient(forward, (origin + delta).to(x.dtype), y, labels)
             delta = _project(delta + step * _ascent_direction(gradient.to(origin.dtype), norm), radius, norm)
         if not bool(delta.isfinite().all()):
-            raise RuntimeError(
+            raise FloatingPointError(
                 "pgd met a gradient of the cross-entropy that is not finite: so are, perhaps, the model's logits. "
                 "Check model(x) on these samples, and the model's weights."
             )

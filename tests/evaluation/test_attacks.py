@@ -272,7 +272,7 @@ class Undefined(nn.Module):
         ({"step_size": 0.0}, ValueError, "step_size"),
         ({"bounds": (1.0, 0.0)}, ValueError, "bounds"),
         ({"model": Detached()}, RuntimeError, "detached"),
-        ({"model": Undefined(), "y": torch.tensor([0, 1])}, RuntimeError, "not finite"),
+        ({"model": Undefined(), "y": torch.tensor([0, 1])}, FloatingPointError, "not finite"),
         ({"model": nn.Flatten(0)}, ValueError, r"\(2, C\)"),
     ],
 )
