@@ -44,6 +44,10 @@ test: setup
 bench: setup
 	@$(BIN)/python bench/kernels.py
 
+# For the GPUs present, and failing rather than going on without the kernels that it is to test.
+gpu: export RDS_FAST_CUDA_ARCHITECTURES =
+gpu: export RDS_FAST_NATIVE = 1
+gpu: export RDS_FAST_CUDA = 1
 gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m pytest -m gpu tests/gpu -p no:cacheprovider
