@@ -126,6 +126,13 @@ void short_forward(const Shape& shape, Rows x, const Target& target, Results ce,
   });
 }
 
+// normaliser of softmax.h, lane by lane.
+template <typename T>
+RDS_FAST_INLINE Vec<T> normalisers(Vec<T> sums_of_softmax) {
+  const Vec<T> one = splat<T>(1);
+  return sums_of_softmax > Acc<T>(0.5) ? (sums_of_softmax < Acc<T>(2) ? one / sums_of_softmax : one) : one;
+}
+
 // The softmax of a tile, what each row of it sums to, and the factor of s in the backward.
 template <typename T, typename Target>
 struct TileSoftmax {
@@ -136,13 +143,13 @@ struct TileSoftmax {
   RDS_FAST_INLINE TileSoftmax(const Tile<T>& f, const LaneTargets<T, Target>& q, const Cotangents<T, Target>& g,
                               const void* lse, int64_t first, int64_t count, int64_t columns) {
     const Vec<T> l = load_part(static_cast<const A*>(lse) + first, count, A(0));
-    const Vec<T> zero = Vec<T>{}, one = splat<T>(1);
+    const Vec<T> zero = Vec<T>{};
     Vec<T> sum = zero;
     for (int64_t c = 0; c < columns; ++c) {
       softmax[c] = exponentials(f.column(c) - l);
       sum += softmax[c];
     }
-    normaliser = sum > A(0.5) ? (sum < A(2) ? one / sum : one) : one;
+    normaliser = normalisers<T>(sum);
     a = values_of_lanes<T>(g.g_lse, first, count);
     if constexpr (Target::present) {
       g_ce = values_of_lanes<T>(g.g_ce, first, count);
@@ -230,8 +237,7 @@ void flat_double_backward(const Shape& shape, const T* v, Values g, const T* x, 
         of_ones[row] += softmax[c];
       }
     }
-    const Vec<T> ones = load(of_ones), one = splat<T>(1);
-    const Vec<T> total = load(sums) * (ones > A(0.5) ? (ones < A(2) ? one / ones : one) : one);
+    const Vec<T> total = load(sums) * normalisers<T>(load(of_ones));
     set_results<T>(dg, first, count, total);
     const Vec<T> factor = values_of_lanes<T>(g, first, count);
     for (int64_t i = 0; i < columns && i * L < size; ++i) {

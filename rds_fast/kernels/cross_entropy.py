@@ -26,10 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import accumulation_dtype
 from .rows import (
     MAX_SPLITS,
     Launch,
-    accumulation_dtype,
     accumulator,
     float_pair,
     plan,
@@ -305,7 +305,7 @@ def cross_entropy(
     """ce and l of each row, and l in the accumulation dtype as (N, 1) where the result is rounded, else (N, 0)."""
     launch = _plan(target, logits)
     N, C = launch.N, launch.C
-    accumulated = accumulation_dtype(logits)
+    accumulated = accumulation_dtype(logits.dtype)
     ce, lse = (logits.new_empty(N, dtype=accumulated if full_precision else logits.dtype) for _ in range(2))
     save = lse.dtype != accumulated
     saved = logits.new_empty((N, int(save)), dtype=accumulated)

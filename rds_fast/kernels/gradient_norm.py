@@ -29,9 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import accumulation_dtype
 from .rows import (
     MAX_SPLITS,
-    accumulation_dtype,
     accumulator,
     float_pair,
     plan,
@@ -335,7 +335,7 @@ def gradient_norm(x: Tensor, p: float, power: float, full_precision: bool) -> tu
     """r of each row; and n as (N, 1), for p = ∞ n and the number of ties as (N, 2), in the accumulation dtype."""
     launch = plan(x)
     N, D = launch.N, launch.C
-    accumulated = accumulation_dtype(x)
+    accumulated = accumulation_dtype(x.dtype)
     result = x.new_empty(N, dtype=accumulated if full_precision else x.dtype)
     saved = x.new_empty((N, 2 if math.isinf(p) else 1), dtype=accumulated)
     if N == 0:

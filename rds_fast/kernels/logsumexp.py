@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import accumulation_dtype
 from .rows import (
     MAX_SPLITS,
-    accumulation_dtype,
     accumulator,
     plan,
     row_kernel,
@@ -184,7 +184,7 @@ def _double_backward_kernel(
 def logsumexp(x: Tensor, full_precision: bool) -> tuple[Tensor, Tensor]:
     """l of each row, and l in the accumulation dtype as (N, 1) where the result is rounded, else (N, 0)."""
     launch = plan(x)
-    accumulated = accumulation_dtype(x)
+    accumulated = accumulation_dtype(x.dtype)
     result = x.new_empty(launch.N, dtype=accumulated if full_precision else x.dtype)
     save = result.dtype != accumulated
     saved = x.new_empty((launch.N, int(save)), dtype=accumulated)

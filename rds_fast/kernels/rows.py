@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import accumulation_dtype
+
 
 class Tile(NamedTuple):
     """The tile of one program."""
@@ -134,12 +136,7 @@ def plan(x: Tensor, *others: Tensor, heavy: bool = False) -> Launch:
 
 def accumulator(x: Tensor) -> tl.dtype:
     """The type of a kernel's arithmetic on ``x``."""
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which sums over rows of ``x`` are kept."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return tl.float64 if accumulation_dtype(x.dtype) == torch.float64 else tl.float32
 
 
 def float_pair(value: float) -> tuple[float, float]:

@@ -128,11 +128,14 @@ class LogSumExpDoubleBackward(Function):
         raise third_derivative("rds_fast.logsumexp")
 
 
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for a device; False for those that have none, such as meta."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def full_precision(x: Tensor) -> bool:
     """Whether a 16-bit input gives a float32 result: under autocast, where PyTorch's own operation would as well."""
-    if accumulation_dtype(x.dtype) == x.dtype or x.is_meta:
-        return False
-    return torch.is_autocast_enabled(x.device.type)
+    return accumulation_dtype(x.dtype) != x.dtype and autocast_enabled(x.device)
 
 
 def logsumexp(input: Tensor, dim: int | tuple[int, ...] = -1, keepdim: bool = False) -> Tensor:

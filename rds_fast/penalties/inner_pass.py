@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..backends import use_backend
 from ..ops.gradient_norm import gradient_norm
+from ..ops.logsumexp import autocast_enabled
 from .checks import check_grad_enabled, check_input, check_logits, no_path
 
 # The cotangent of the inner pass where it may run in float16. It lifts what lies below 6e-8, float16's least number,
@@ -86,10 +87,6 @@ def _in_float16(output: Tensor, x: Tensor) -> bool:
     if torch.float16 in (output.dtype, x.dtype):
         return True
     return autocast_enabled(x.device) and torch.get_autocast_dtype(x.device.type) == torch.float16
-
-
-def autocast_enabled(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
