@@ -116,19 +116,25 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 @functools.cache
-def automatic(device_type: str) -> str:
-    """What "auto" means on a device."""
+def automatic(device_type: str, native_on: tuple[str, ...] = ("cpu", "cuda")) -> str:
+    """What "auto" means on a device, for an operation with native kernels on the devices ``native_on``."""
     order = _PREFERENCE.get(device_type, ("reference",))
-    return next(backend for backend in order if failure(backend, device_type) is None)
+    return next(
+        backend
+        for backend in order
+        if failure(backend, device_type) is None and (backend != "native" or device_type in native_on)
+    )
 
 
-def select(x: Tensor) -> str:
+def select(x: Tensor, native_on: tuple[str, ...] = ("cpu", "cuda")) -> str:
     """The implementation that an operation on ``x`` uses now.
 
     Under the compiler's tracer it is the reference: the compiler fuses the plain formula itself, and a compiled
     ``torch.func.grad`` of nested autograd Functions is wrong without an error. In forward mode it is the reference as
     well: nested forward-mode derivatives lose terms in autograd Functions, again without an error. On meta tensors
     nothing runs, and the fused operation is to be seen whatever was built.
+
+    ``native_on``: the devices for which the operation has native kernels.
     """
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return "reference"
@@ -139,11 +145,23 @@ def select(x: Tensor) -> str:
     if device_type == "meta":
         return "native"
     if requested == "auto":
-        return automatic(device_type)
+        return automatic(device_type, native_on)
     reason = failure(requested, device_type)
+    if reason is None and requested == "native" and device_type not in native_on:
+        reason = f"this operation has no native kernel for {device_type}"
     if reason is not None:
         raise RuntimeError(
             f"backend {requested!r} was requested for a tensor on {device_type}, where it cannot run: {reason}. "
             f"Usable there: {', '.join(available(device_type))}."
         )
     return requested
+
+
+def select_for_layer(x: Tensor) -> str:
+    """As ``select``, for an operation of a network's layers: native kernels on CPU, Triton on GPUs.
+
+    Inside a transformation of ``torch.func`` it is the reference too: these operations have no batching rules.
+    """
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "reference"
+    return select(x, native_on=("cpu",))

@@ -1,7 +1,8 @@
 """How a fused kernel becomes a ``torch.library`` operation under ``rds_fast::``.
 
-Every fused operation works row by row: dimension 0 of each tensor argument and of each result counts samples. That is
-what makes one batching rule serve them all. Its last argument names the backend that runs it.
+Its last argument names the backend that runs it. An operation that works row by row (dimension 0 of each tensor argument
+and of each result counts samples) has a batching rule, the same for all; the others, which the public functions never
+call inside a transformation of ``torch.func``, have none.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ def _kernel(file: str, name: str, backend: str) -> Callable[..., Any]:
     raise ValueError(f"backend is {backend!r}; a fused operation runs on 'native' or 'triton'")
 
 
-def register(file: str, schema: str, fake: Callable[..., Any]) -> Any:
+def register(file: str, schema: str, fake: Callable[..., Any], *, row_wise: bool = True) -> Any:
     """Define one fused operation.
 
     Args:
         file: the name of the file, without its suffix, that holds the kernels in each layer.
         schema: ``name(Tensor x, …, str backend) -> …``.
         fake: allocates the results without computing them; it takes the schema's arguments.
+        row_wise: whether it works row by row, and so has a batching rule.
 
     Returns:
         The operation, to be called with the schema's arguments. It has no derivative of its own: it raises when
@@ -57,7 +59,8 @@ def register(file: str, schema: str, fake: Callable[..., Any]) -> Any:
     torch.library.register_fake(qualified_name, fake, lib=_library)
     torch.library.register_autograd(qualified_name, refuse, lib=_library)
     operation = getattr(torch.ops.rds_fast, name).default
-    torch.library.register_vmap(qualified_name, functools.partial(_run_batched, operation), lib=_library)
+    if row_wise:
+        torch.library.register_vmap(qualified_name, functools.partial(_run_batched, operation), lib=_library)
     return operation
 
 
