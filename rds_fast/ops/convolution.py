@@ -154,7 +154,7 @@ def transposed_convolution(
     return _apply(input, weight, bias, Geometry(strides, paddings, dilations, True, output_paddings, groups))
 
 
-_RANKS = {
+_RANKS: dict[Any, int] = {
     torch.conv1d: 1,
     torch.conv2d: 2,
     torch.conv3d: 3,
@@ -222,3 +222,9 @@ def _apply(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometr
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """What autocast does to an argument: it leaves float64 alone."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+# PyTorch's functions, and those here that take their place, which get them as first argument.
+REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
+    plain: transposed_convolution if "transpose" in plain.__name__ else convolution for plain in _RANKS
+}
