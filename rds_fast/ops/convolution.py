@@ -40,7 +40,7 @@ class Geometry(NamedTuple):
 
 
 class Convolution(Function):
-    """x (N, C, ...), weight, bias or None to y. A leaf among weight and bias must have passed ``queryable``."""
+    """x (N, C, ...), weight, bias or None to y. Leaves among them must have passed ``queryable``."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -213,7 +213,7 @@ def _apply(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometr
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = _cast(input, dtype), _cast(weight, dtype)
         bias = None if bias is None else _cast(bias, dtype)
-    weight, bias = queryable(weight), queryable(bias)  # type: ignore[assignment]
+    input, weight, bias = queryable(input), queryable(weight), queryable(bias)
     if input.dim() == weight.dim():
         return Convolution.apply(input, weight, bias, geometry)
     return Convolution.apply(input.unsqueeze(0), weight, bias, geometry).squeeze(0)

@@ -139,6 +139,10 @@ def _can_run(input: Tensor) -> bool:
     return torch.is_grad_enabled() and input.requires_grad and select_for_layer(input) != "reference"
 
 
+def _sizes(output_size: Size, rank: int) -> tuple[int, ...]:
+    return (output_size,) * rank if isinstance(output_size, int) else tuple(output_size)
+
+
 def average_pool(
     plain: Callable[..., Tensor],
     input: Tensor,
@@ -158,10 +162,10 @@ def average_pool(
 
 def adaptive_average_pool(plain: Callable[..., Tensor], input: Tensor, output_size: Size) -> Tensor:
     """``plain(input, output_size)``, which is the builtin under ``adaptive_avg_pool2d`` or ``adaptive_avg_pool3d``."""
-    sizes = {output_size} if isinstance(output_size, int) else set(output_size)
-    if sizes == {1} or not _can_run(input):  # a mean, which PyTorch differentiates without a pass over zeros
+    sizes = _sizes(output_size, 3 if plain is torch._C._nn.adaptive_avg_pool3d else 2)
+    if set(sizes) == {1} or not _can_run(input):  # a mean, which PyTorch differentiates without a pass over zeros
         return plain(input, output_size)
-    return AveragePool.apply(input, _AVERAGE_POOLS[plain], (output_size,))
+    return AveragePool.apply(input, _AVERAGE_POOLS[plain], (sizes,))
 
 
 def max_pool(
@@ -185,7 +189,8 @@ def adaptive_max_pool(plain: Callable[..., Any], input: Tensor, output_size: Siz
     """``plain(input, output_size)``: the builtin under ``adaptive_max_pool2d`` or ``adaptive_max_pool3d``."""
     if not _can_run(input):
         return plain(input, output_size)
-    return MaxPool.apply(input, _MAX_POOLS[plain][0], (output_size,), _MAX_POOLS[plain][1])
+    operations, rank = _MAX_POOLS[plain]
+    return MaxPool.apply(input, operations, (_sizes(output_size, rank),), rank)
 
 
 # PyTorch's functions, and those here that take their place, which get them as first argument.
