@@ -25,6 +25,7 @@ from torch.autograd import Function
 from ..backends import select_for_layer
 from .engine import is_wanted, queryable
 from .logsumexp import autocast_enabled
+from .recompute import Saved, save
 from .registration import derivative
 
 
@@ -49,22 +50,23 @@ class Convolution(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, bias, ctx.geometry = inputs
-        ctx.bias_shape = None if bias is None else bias.shape
+        ctx.has_bias = bias is not None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight)
+        save(ctx, x, weight)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Any:
         if g is None:
             return None, None, None, None
-        wanted = is_wanted(ctx, 0), is_wanted(ctx, 1), ctx.bias_shape is not None and is_wanted(ctx, 2)
-        x, weight = ctx.saved_tensors
-        gradients = derivative(ConvolutionBackward, g, x, weight, ctx.geometry, wanted)
+        wanted = is_wanted(ctx, 0), is_wanted(ctx, 1), ctx.has_bias and is_wanted(ctx, 2)
+        saved = Saved(ctx)
+        x = saved[0] if wanted[1] else saved.like(0)
+        gradients = derivative(ConvolutionBackward, g, x, saved[1], ctx.geometry, wanted)
         return *gradients, None
 
 
 class ConvolutionBackward(Function):
-    """gx, gw and the bias's gradient, each None where it is not wanted."""
+    """gx, gw and the bias's gradient, each None where it is not wanted. Without gw, only the shape of x matters."""
 
     @staticmethod
     def forward(
@@ -78,18 +80,21 @@ class ConvolutionBackward(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         g, x, weight, ctx.geometry, ctx.wanted = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(g, x, weight)
+        save(ctx, g, x if ctx.wanted[1] else None, weight)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor | None, weight_v: Tensor | None, bias_v: Tensor | None) -> Any:
-        g, x, weight = ctx.saved_tensors
+        saved = Saved(ctx)
+        weight = saved[2]
         dg = dx = dw = None
         if is_wanted(ctx, 0):
-            dg = _sum_of_convolutions([(v, weight), (x, weight_v)], bias_v, g, ctx.geometry)
+            x = None if weight_v is None else saved[1]
+            dg = _sum_of_convolutions([(v, weight), (x, weight_v)], bias_v, saved.like(0), ctx.geometry)
         if weight_v is not None and is_wanted(ctx, 1):
-            dx = derivative(ConvolutionBackward, g, x, weight_v, ctx.geometry, (True, False, False))[0]
+            like_x = saved.like(1)
+            dx = derivative(ConvolutionBackward, saved[0], like_x, weight_v, ctx.geometry, (True, False, False))[0]
         if v is not None and is_wanted(ctx, 2):
-            dw = derivative(ConvolutionBackward, g, v, weight, ctx.geometry, (False, True, False))[1]
+            dw = derivative(ConvolutionBackward, saved[0], v, weight, ctx.geometry, (False, True, False))[1]
         return dg, dx, dw, None, None
 
 
