@@ -95,6 +95,16 @@ _double_backward = register(
 )
 
 
+# gx again, in one pass, from the sums that the backward found. relu: u is to be masked, by x.
+_input_gradient = register(
+    "batch_norm",
+    "batch_norm_input_gradient(Tensor u, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+    "Tensor gweight, Tensor gbias, bool training, float eps, bool relu, str backend) -> Tensor gx",
+    lambda u, x, *_: torch.empty_like(x),
+    row_wise=False,
+)
+
+
 class BatchNorm(Function):
     """x (N, C, ...) to y, and to what the backward needs: an alias of x, mean (C,) and var (C,)."""
 
@@ -240,6 +250,8 @@ def _gradient_again(
     gbias: Tensor,
 ) -> Tensor:
     """gx from u, masked already unless the mask is that of a ReLU without residual."""
+    if not torch.is_grad_enabled():
+        return _input_gradient(u, x, weight, bias, mean, var, gweight, gbias, training, eps, relu, backend)
     return derivative(BatchNormBackward, u, x, None, weight, bias, mean, var, None, training, eps, relu, backend)[0]
 
 
