@@ -1,6 +1,6 @@
 """Training with penalties on input gradients, exactly and fast."""
 
-from . import backends, evaluation
+from . import backends, evaluation, nn
 from .backends import use_backend
 from .ops.cross_entropy import cross_entropy_with_logsumexp
 from .ops.gradient_norm import gradient_norm
@@ -23,6 +23,7 @@ __all__ = [
     "gradient_norm",
     "log_density",
     "logsumexp",
+    "nn",
     "schedules",
     "use_backend",
 ]
