@@ -22,6 +22,7 @@ with the cotangent of y, and the kernel adds it there.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from torch.nn import functional
 
 from ..backends import select_for_layer
 from ..reference import accumulation_dtype
+from .recompute import attach
 from .registration import derivative, register, third_derivative
 
 
@@ -142,6 +144,10 @@ class BatchNorm(Function):
             BatchNormBackward,
             *(u, x, y, weight, bias, mean, var, x_cotangent, ctx.training, ctx.eps, ctx.relu, ctx.backend),
         )
+        if torch.is_grad_enabled() and x_cotangent is None:
+            masked = u if y is None else gresidual
+            rebuild = functools.partial(_gradient_again, ctx.training, ctx.eps, ctx.relu and y is None, ctx.backend)
+            attach(gx, rebuild, masked, x, weight, bias, mean, var, gweight, gbias, like=1)
         needs = ctx.needs_input_grad
         return (
             gx,
@@ -219,6 +225,42 @@ class BatchNormDoubleBackward(Function):
         raise third_derivative("batch norm")
 
 
+def _gradient_again(
+    training: bool,
+    eps: float,
+    relu: bool,
+    backend: str,
+    u: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    gweight: Tensor,
+    gbias: Tensor,
+) -> Tensor:
+    """gx from u, masked already unless the mask is that of a ReLU without residual."""
+    return derivative(BatchNormBackward, u, x, None, weight, bias, mean, var, None, training, eps, relu, backend)[0]
+
+
+def _output_again(
+    training: bool,
+    eps: float,
+    relu: bool,
+    backend: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+) -> Tensor:
+    """y, where no residual was added."""
+    if not torch.is_grad_enabled():
+        return _inference(x, mean, var, weight, bias, None, eps, relu, backend)
+    statistics = (None, None) if training else (mean, var)  # the batch's own, which depend on x, are computed again
+    return BatchNorm.apply(x, weight, bias, None, *statistics, training, 0.0, eps, relu, backend)[0]
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """The format of the kernels that is nearest to x: channels-last if x is dense in it alone, else contiguous."""
     for channels_last in (torch.channels_last, torch.channels_last_3d):
@@ -287,7 +329,12 @@ def batch_norm(
     weight, bias = (None if t is None else t.to(accumulated).contiguous() for t in (weight, bias))
     if residual is not None:
         residual = laid_out_like(residual, x)
-    y = BatchNorm.apply(x, weight, bias, residual, *statistics, training, momentum, eps, relu, backend)[0]
+    y, x_alias, mean, var = BatchNorm.apply(
+        x, weight, bias, residual, *statistics, training, momentum, eps, relu, backend
+    )
+    if y.requires_grad and residual is None:
+        rebuild = functools.partial(_output_again, training, eps, relu, backend)
+        attach(y, rebuild, x_alias, weight, bias, mean, var, like=0)
     if training:
         for own, updated in zip((running_mean, running_var), statistics, strict=True):
             if own is not None and updated is not None and own is not updated:

@@ -25,6 +25,7 @@ from torch.autograd import Function
 from ..backends import select_for_layer
 from .engine import is_wanted, queryable
 from .logsumexp import autocast_enabled
+from .recompute import Saved, save
 from .registration import derivative
 
 
@@ -40,7 +41,7 @@ class Geometry(NamedTuple):
 
 
 class Convolution(Function):
-    """x (N, C, ...), weight, bias or None to y. A leaf among weight and bias must have passed ``queryable``."""
+    """x (N, C, ...), weight, bias or None to y. Leaves among them must have passed ``queryable``."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -49,22 +50,23 @@ class Convolution(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, bias, ctx.geometry = inputs
-        ctx.bias_shape = None if bias is None else bias.shape
+        ctx.has_bias = bias is not None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight)
+        save(ctx, x, weight)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Any:
         if g is None:
             return None, None, None, None
-        wanted = is_wanted(ctx, 0), is_wanted(ctx, 1), ctx.bias_shape is not None and is_wanted(ctx, 2)
-        x, weight = ctx.saved_tensors
-        gradients = derivative(ConvolutionBackward, g, x, weight, ctx.geometry, wanted)
+        wanted = is_wanted(ctx, 0), is_wanted(ctx, 1), ctx.has_bias and is_wanted(ctx, 2)
+        saved = Saved(ctx)
+        x = saved[0] if wanted[1] else saved.like(0)
+        gradients = derivative(ConvolutionBackward, g, x, saved[1], ctx.geometry, wanted)
         return *gradients, None
 
 
 class ConvolutionBackward(Function):
-    """gx, gw and the bias's gradient, each None where it is not wanted."""
+    """gx, gw and the bias's gradient, each None where it is not wanted. Without gw, only the shape of x matters."""
 
     @staticmethod
     def forward(
@@ -78,18 +80,21 @@ class ConvolutionBackward(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         g, x, weight, ctx.geometry, ctx.wanted = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(g, x, weight)
+        save(ctx, g, x if ctx.wanted[1] else None, weight)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor | None, weight_v: Tensor | None, bias_v: Tensor | None) -> Any:
-        g, x, weight = ctx.saved_tensors
+        saved = Saved(ctx)
+        weight = saved[2]
         dg = dx = dw = None
         if is_wanted(ctx, 0):
-            dg = _sum_of_convolutions([(v, weight), (x, weight_v)], bias_v, g, ctx.geometry)
+            x = None if weight_v is None else saved[1]
+            dg = _sum_of_convolutions([(v, weight), (x, weight_v)], bias_v, saved.like(0), ctx.geometry)
         if weight_v is not None and is_wanted(ctx, 1):
-            dx = derivative(ConvolutionBackward, g, x, weight_v, ctx.geometry, (True, False, False))[0]
+            like_x = saved.like(1)
+            dx = derivative(ConvolutionBackward, saved[0], like_x, weight_v, ctx.geometry, (True, False, False))[0]
         if v is not None and is_wanted(ctx, 2):
-            dw = derivative(ConvolutionBackward, g, v, weight, ctx.geometry, (False, True, False))[1]
+            dw = derivative(ConvolutionBackward, saved[0], v, weight, ctx.geometry, (False, True, False))[1]
         return dg, dx, dw, None, None
 
 
@@ -154,7 +159,7 @@ def transposed_convolution(
     return _apply(input, weight, bias, Geometry(strides, paddings, dilations, True, output_paddings, groups))
 
 
-_RANKS = {
+_RANKS: dict[Any, int] = {
     torch.conv1d: 1,
     torch.conv2d: 2,
     torch.conv3d: 3,
@@ -213,7 +218,7 @@ def _apply(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometr
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = _cast(input, dtype), _cast(weight, dtype)
         bias = None if bias is None else _cast(bias, dtype)
-    weight, bias = queryable(weight), queryable(bias)  # type: ignore[assignment]
+    input, weight, bias = queryable(input), queryable(weight), queryable(bias)
     if input.dim() == weight.dim():
         return Convolution.apply(input, weight, bias, geometry)
     return Convolution.apply(input.unsqueeze(0), weight, bias, geometry).squeeze(0)
@@ -222,3 +227,9 @@ def _apply(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometr
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """What autocast does to an argument: it leaves float64 alone."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+# PyTorch's functions, and those here that take their place, which get them as first argument.
+REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
+    plain: transposed_convolution if "transpose" in plain.__name__ else convolution for plain in _RANKS
+}

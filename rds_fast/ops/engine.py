@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 
-def queryable(parameter: Tensor | None) -> Tensor | None:
-    """``parameter`` or, if it is a leaf, a view of it, about which ``is_wanted`` has an answer."""
-    if parameter is None or not parameter.requires_grad or not parameter.is_leaf:
-        return parameter
-    return parameter.view_as(parameter)
+@overload
+def queryable(leaf: Tensor) -> Tensor: ...
+@overload
+def queryable(leaf: Tensor | None) -> Tensor | None: ...
+def queryable(leaf: Tensor | None) -> Tensor | None:
+    """``leaf`` or, if it is one that requires a gradient, a view of it, about which ``is_wanted`` has an answer."""
+    if leaf is None or not leaf.requires_grad or not leaf.is_leaf:
+        return leaf
+    return leaf.view_as(leaf)
 
 
 def is_wanted(ctx: Any, index: int) -> bool:
