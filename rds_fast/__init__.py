@@ -1,6 +1,6 @@
 """Training with penalties on input gradients, exactly and fast."""
 
-from . import backends, evaluation
+from . import backends, evaluation, nn
 from .backends import use_backend
 from .double_backward import fast_double_backward
 from .ops.cross_entropy import cross_entropy_with_logsumexp
@@ -25,6 +25,7 @@ __all__ = [
     "gradient_norm",
     "log_density",
     "logsumexp",
+    "nn",
     "schedules",
     "use_backend",
 ]
