@@ -110,7 +110,8 @@ class Plan:
             rewrite(graph, outcomes, ends_in_batch_norm)
             variants.append(variant(graph, training, arguments))
         arity = len(argument_names(module))
-        return fused_class(original, Blueprint(tuple(variants), arity, len(module._modules), ends_in_batch_norm))
+        blueprint = Blueprint(tuple(variants), arity, len(module._modules), ends_in_batch_norm)
+        return fused_class(original, blueprint)  # type: ignore[arg-type]  # mypy thinks that a class has no hash
 
 
 def why_not_plain(module: _BatchNorm) -> str | None:
