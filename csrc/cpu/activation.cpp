@@ -113,15 +113,15 @@ struct hardswish {
   RDS_FAST_INLINE Slopes<V> operator()(V x, A, A) const {
     const V one = 1 - V{}, third = A(1) / A(3) - V{};
     const V middle = x * third + A(0.5);
-    return {x <= -3 ? V{} : (x < 3 ? middle : one), x > -3 ? (x < 3 ? third : V{}) : V{}};
+    return {x <= -3 ? V{} : (x >= 3 ? one : middle), x > -3 ? (x < 3 ? third : V{}) : V{}};
   }
 };
 
 // f = a (exp(b x) − 1) for x ≤ 0, p x above.
 template <typename V, typename A>
 RDS_FAST_INLINE Slopes<V> exponential_linear(V x, A p, A a, A b) {
-  const V slope = a * b * exponentials(smaller(V{}, x) * b);
-  return {x <= V{} ? slope : p - V{}, x < V{} ? b * slope : V{}};
+  const V slope = a * b * exponentials(smaller(V{}, x) * b);  // in this order a NaN stays
+  return {x > V{} ? p - V{} : slope, x < V{} ? b * slope : V{}};
 }
 struct elu {
   template <typename V, typename A>

@@ -64,8 +64,8 @@ def tl_gelu(x):
 @triton.jit
 def tl_gelu_tanh(x):
     """(1 + tanh u)/2 = σ(2u), so w = 2u = 2 √(2/π) (x + 0.044715 x³)."""
-    k = 1.5957691216057308
-    cubic = 0.044715
+    k: tl.constexpr = 1.5957691216057308
+    cubic: tl.constexpr = 0.044715
     bounded = tl_clamped(x)
     square = bounded * bounded
     return tl_gated(
@@ -93,8 +93,8 @@ def tl_mish(x):
 @triton.jit
 def tl_exponential_linear(x, p, a, b):
     """f = a (exp(b x) − 1) for x ≤ 0, p x above."""
-    slope = a * b * tl.exp(tl.where(x < 0, x, 0.0) * b)
-    return tl.where(x <= 0, slope, tl.full(x.shape, p, x.dtype)), tl.where(x < 0, b * slope, 0.0)
+    slope = a * b * tl.exp(tl.where(x > 0, 0.0, x) * b)  # a NaN stays
+    return tl.where(x > 0, tl.full(x.shape, p, x.dtype), slope), tl.where(x < 0, b * slope, 0.0)
 
 
 # A number that no tensor meets in an operation, as in tl.where, would be of float32: tl.full says its type.
@@ -114,7 +114,7 @@ def tl_slopes(x, a, b, KIND: tl.constexpr):
         first, second = tl.where(x * a > b, 1.0, s), tl.where(x * a < b, a * s * complement, 0.0)
     elif KIND == "hardswish":  # x (x + 3)/6 between 0 and x
         third = tl.full(x.shape, 1.0 / 3.0, x.dtype)
-        middle = tl.where(x < 3.0, x * third + 0.5, 1.0)
+        middle = tl.where(x >= 3.0, 1.0, x * third + 0.5)
         first, second = tl.where(x <= -3.0, 0.0, middle), tl.where(tl.abs(x) < 3.0, third, 0.0)
     elif KIND == "elu":
         first, second = tl_exponential_linear(x, 1.0, a, b)
@@ -174,9 +174,7 @@ def activation_backward(g: Tensor, x: Tensor, x_cotangent: Tensor | None, kind: 
     return gx
 
 
-def activation_double_backward(
-    v: Tensor, g: Tensor, x: Tensor, kind: str, a: float, b: float
-) -> tuple[Tensor, Tensor]:
+def activation_double_backward(v: Tensor, g: Tensor, x: Tensor, kind: str, a: float, b: float) -> tuple[Tensor, Tensor]:
     """dg = v f'(x) and dx = v g f''(x)."""
     dg, dx = torch.empty_like(x), torch.empty_like(x)
     if x.numel() == 0:

@@ -1,12 +1,12 @@
-"""Smooth activations, element by element, differentiable twice; with those of piecewise_linear.py, all that networks use.
+"""Activations, element by element: the smooth ones, differentiable twice, and the names of the piecewise linear ones.
 
 With g the cotangent of y = f(x) and v the cotangent of the backward's result:
 
     backward           gx = g f'(x)
     double backward    dg = v f'(x),   dx = v g f''(x)
 
-each one pass over its tensors. The forward is PyTorch's own operation, which is one pass too. f' and f'' of each function
-stand beside its code in csrc/cpu/activation.cpp.
+each one pass over its tensors. The forward is PyTorch's own operation, which is one pass too. f' and f'' of each
+function stand beside its code in csrc/cpu/activation.cpp.
 
 Each function has PyTorch's signature, dtypes (a 16-bit result is rounded once) and memory formats. In place, PyTorch
 keeps a copy of x, and so do we.
@@ -28,8 +28,21 @@ from .piecewise_linear import can_overwrite, hardsigmoid, hardtanh, leaky_relu, 
 from .registration import derivative, register, third_derivative
 
 __all__ = [
-    *("relu", "leaky_relu", "hardtanh", "relu6", "hardsigmoid"),
-    *("gelu", "silu", "mish", "softplus", "hardswish", "elu", "selu", "celu", "sigmoid", "tanh"),
+    "celu",
+    "elu",
+    "gelu",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
+    "leaky_relu",
+    "mish",
+    "relu",
+    "relu6",
+    "selu",
+    "sigmoid",
+    "silu",
+    "softplus",
+    "tanh",
 ]
 
 _aten = torch.ops.aten
@@ -65,7 +78,7 @@ _FROM_RESULT = ("sigmoid", "tanh")
 
 
 def in_order_of(x: Tensor, t: Tensor) -> Tensor:
-    """``t`` with its values in memory in the order of those of ``x``, which is dense; a copy only where they are not."""
+    """``t`` with its values in memory in the order of those of ``x``, which is dense; copied if they are not."""
     if t.stride() == x.stride():
         return t
     order = sorted(range(x.dim()), key=lambda d: x.stride(d), reverse=True)
@@ -77,8 +90,8 @@ class Activation(Function):
     """y = f(x), and an alias of what the derivatives are computed from: x, or y for sigmoid and tanh.
 
     The alias is this node's own output. So dx of the double backward comes to this node as the alias's cotangent,
-    together with the cotangent of y, and one kernel adds it. The cotangent of the alias is by definition one of x, even where
-    the alias is y. The public functions drop the alias.
+    together with the cotangent of y, and one kernel adds it. The cotangent of the alias is by definition one of x, even
+    where the alias is y. The public functions drop the alias.
     """
 
     @staticmethod
@@ -156,12 +169,12 @@ def _activate(input: Tensor, kind: Kind, function: Callable[[Tensor], Tensor], i
     # 0-d tensors have no rows for the batching rule.
     if not records_gradient(input) or input.dim() == 0 or input.numel() == 0:
         return function(input)
-    if inplace and not (can_overwrite(input) and _is_dense(input)):
-        return function(input)
     backend = select_for_layer(input)
-    if backend == "reference":
+    if backend == "reference" or (inplace and not can_overwrite(input)):
         return function(input)
     if not _is_dense(input):
+        if inplace:
+            return function(input)
         input = input.clone()  # dense, in the order of the input's strides, as PyTorch's result
     return Activation.apply(input, function, kind, backend, inplace)[0]
 
@@ -209,7 +222,10 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
 
 
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
-    """``elu`` with alpha 1.6733, times 1.0507, as ``torch.nn.functional.selu``. Klambauer et al. 2017, arXiv 1706.02515."""
+    """``elu`` with alpha 1.6733, times 1.0507, as ``torch.nn.functional.selu``.
+
+    Klambauer et al. 2017, arXiv 1706.02515.
+    """
     return _activate(input, Kind("selu"), lambda x: F.selu(x, inplace), inplace)
 
 

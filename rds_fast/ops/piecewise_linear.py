@@ -144,9 +144,9 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    """``input/6 + 1/2`` clamped to ``[0, 1]``, as ``torch.nn.functional.hardsigmoid``, which PyTorch differentiates once.
+    """``input/6 + 1/2`` clamped to ``[0, 1]``, as ``torch.nn.functional.hardsigmoid``, which has one derivative only.
 
-    Its result does not tell the pieces apart: just below 3 it is rounded to 1.
+    The result does not tell the pieces apart: just below 3 it is rounded to 1.
     """
     if not records_gradient(input):
         return F.hardsigmoid(input, inplace)

@@ -26,7 +26,7 @@ def celu(x: Tensor) -> Tensor:
 
 
 def hardsigmoid(x: Tensor) -> Tensor:
-    return (x / 6 + 0.5).clamp(0, 1)
+    return F.hardtanh(x, -3.0, 3.0) / 6 + 0.5
 
 
 def case(ours: Function, theirs: Function, truth: Function | None = None) -> Case:
@@ -61,6 +61,9 @@ PIECEWISE_LINEAR = {
 }
 ALL = SMOOTH | PIECEWISE_LINEAR
 
+# Their derivatives, PyTorch's and ours, are those at the rounded result.
+INVERSES = {"sigmoid": torch.logit, "tanh": torch.atanh}
+
 # In place; those of SMOOTH have no in-place form where they are missing.
 IN_PLACE: dict[str, Case] = {
     "relu": case(lambda x: activation.relu(x, True), F.relu),
@@ -86,3 +89,24 @@ def orders(function: Function, x: Tensor, g: Tensor, v: Tensor) -> list[Tensor]:
     (gx,) = torch.autograd.grad(y, x, g, create_graph=True)
     double = torch.autograd.grad(gx, (g, x), v, allow_unused=True, materialize_grads=True)
     return [t.detach() for t in (y, gx, *double)]
+
+
+def true_orders(name: str, x: Tensor, g: Tensor, v: Tensor) -> list[Tensor]:
+    """The same in float64."""
+    truth = ALL[name].truth
+    y, *derivatives = orders(truth, x.double(), g.double(), v.double())
+    if name in INVERSES and x.dtype in (torch.bfloat16, torch.float16):
+        x = INVERSES[name](ALL[name].theirs(x).double())
+        derivatives = orders(truth, x, g.double(), v.double())[1:]
+    return [y, *derivatives]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def smooth_points() -> Tensor:
+    """Values on both sides of every kink and at some distance from each: 0, ±0.5, ±1, 2, 2.5, ±3, 6."""
+    return torch.tensor(
+        [[-7.3, -3.4, -2.2, -1.3, -0.7], [-0.2, 0.3, 0.7, 1.4, 2.2], [2.8, 3.3, 4.9, 7.1, 21.0]]
+    ).double()
