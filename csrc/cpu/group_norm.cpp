@@ -22,13 +22,17 @@ struct Moments {
   }
 };
 
-// Deviations from a first mean, which is rounded; what they add up to corrects both results.
+// Deviations from a first mean, which is rounded; what they add up to corrects both results. It is rounded to T, so
+// that the lanes beyond the end, which pass through T, have none.
 template <typename T>
 RDS_FAST_INLINE Moments<Acc<T>> moments(const T* x, int64_t begin, int64_t end) {
   using A = Acc<T>;
   Vec<T> sums[4] = {}, squares[4] = {};
   for_vectors<T>(begin, end, [&](auto at, int k) { sums[k] += at(x, A(0)); });
-  const A count = A(end - begin), first = sum_of_lanes<T>(sum_of_four<T>(sums)) / count;
+  const A count = A(end - begin);
+  T rounded;
+  store_part(&rounded, splat<T>(sum_of_lanes<T>(sum_of_four<T>(sums)) / count), 1);
+  const A first = widen(rounded);
   for (Vec<T>& sum : sums) sum = Vec<T>{};
   for_vectors<T>(begin, end, [&](auto at, int k) {
     const Vec<T> deviation = at(x, first) - first;

@@ -117,7 +117,7 @@ class GroupNorm(Function):
         x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, backend: str
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y, mean, rstd = _forward(x, weight, bias, groups, eps, backend)
-        return y, x, mean, rstd
+        return y, x.detach(), mean, rstd
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -295,9 +295,7 @@ def instance_norm(
         if math.prod(input.shape[2:]) != 1:
             backend = _select(input, (C,), weight, bias, running_mean, running_var)
     if backend == "reference":
-        return functional.instance_norm(
-            input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
-        )
+        return functional.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     x = _channels(input)
     y, mean, rstd = _normalise(x, weight, bias, C, eps, backend)
     if running_mean is not None and running_var is not None:
