@@ -133,7 +133,7 @@ class GroupNorm(Function):
             return x_cotangent, None, None, None, None, None
         x, weight, mean, rstd = ctx.saved_tensors
         wants_weight = weight is not None and is_wanted(ctx, 1)
-        # The engine counts tensors alone: without a weight it has no second one, and the bias's sum is made in any case.
+        # The engine counts tensors alone: without a weight the bias is not the argument that is asked about.
         wants_bias = ctx.needs_input_grad[2] and (weight is None or is_wanted(ctx, 2))
         affine = wants_weight or wants_bias
         gx, gweight, gbias = derivative(
@@ -219,7 +219,7 @@ def layer_norm(
         if isinstance(input, Tensor) and input.shape[-len(shape) :] == shape:
             backend = _select(input, shape, weight, bias)
     if backend == "reference":
-        return functional.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
+        return functional.layer_norm(input, normalized_shape, weight, bias, eps)
     rows = input.contiguous().view(-1, math.prod(shape), 1)
     return _normalise(rows, weight, bias, 1, eps, backend)[0].view(input.shape)
 
