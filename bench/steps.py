@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import rds_fast
 from rds_fast.training import models
@@ -35,6 +36,7 @@ class Case(NamedTuple):
     image_size: int = 32
     batch_size: int = 32
     dtype: torch.dtype = torch.float32
+    float32_norms: bool = False  # the parameters and buffers of batch norm, as mixed precision keeps them
     autocast: torch.dtype | None = None
     channels_last: bool = False
     mode: str = "train"
@@ -46,6 +48,8 @@ class Case(NamedTuple):
     @property
     def precision(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
+        if self.float32_norms:
+            name += ", norms float32"
         return f"{name}, autocast {str(self.autocast).removeprefix('torch.')}" if self.autocast else name
 
     def network(self, device: torch.device) -> nn.Module:
@@ -55,6 +59,9 @@ class Case(NamedTuple):
             else:
                 network = models._torchvision_models().get_model(self.model, weights=None)
         network = network.to(self.dtype).train(self.mode == "train")
+        for module in network.modules():
+            if self.float32_norms and isinstance(module, _BatchNorm):
+                module.float()
         return network.to(memory_format=torch.channels_last) if self.channels_last else network
 
     def batch(self, device: torch.device) -> tuple[Tensor, Tensor]:

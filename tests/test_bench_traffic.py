@@ -201,12 +201,11 @@ def test_plain_steps_of_resnet18_cost_what_the_design_says(
 
 def test_every_provider_counts_the_same_twice() -> None:
     case = Case("cnn", 28, 4)
-    for make in LOSSES.values():
-        if make in (LOSSES["ours_fused"], LOSSES["cross_entropy_fused"]):
-            continue
-        first, second = (count_step(make(case.network(META)), *case.batch(META)) for _ in range(2))
-        assert first.traffic.calls == second.traffic.calls
-        assert first.saved == second.saved
+    first, second = (count_case(case, list(LOSSES)) for _ in range(2))
+    assert len(first) >= 4  # those that need nn.fuse may be missing
+    for provider, step in first.items():
+        assert step.traffic.calls == second[provider].traffic.calls
+        assert step.saved == second[provider].saved
 
 
 @pytest.mark.parametrize("name", COSTS)
@@ -223,7 +222,8 @@ def test_the_table_names_operations_and_their_arguments(name: str) -> None:
 
 def test_the_step_as_one_graph_has_the_gradient_of_the_penalised_step() -> None:
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softplus(), nn.Flatten(), nn.Linear(144, 5)).double()
+    norm = nn.BatchNorm2d(4, track_running_stats=False)  # torch.func cannot track them
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Softplus(), nn.Flatten(), nn.Linear(144, 5)).double()
     x, y = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 3])
     parameters = dict(network.named_parameters())
     gradients = torch.func.grad(loss_of_parameters(network))(parameters, x, y)
