@@ -13,7 +13,7 @@ import rds_fast.ops
 from bench.counting import Count, Traffic
 from bench.one_graph import loss_of_parameters
 from bench.steps import LOSSES, Case, penalized
-from bench.traffic import CASES, DEVICES, META, count_case, count_step
+from bench.traffic import CASES, DEVICES, count_case, count_step
 from rds_fast.ops.costs import COSTS, Cost
 
 # Operations that the table names before they exist; each leaves the list when it is registered.
