@@ -5,11 +5,9 @@ A step's loss is a function of (x, y); its backward fills the gradients of the p
 
 from __future__ import annotations
 
-import copy
-import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +15,29 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import rds_fast
+from rds_fast.nn import fuse
 from rds_fast.training import models
 
 # λ of the penalty. The work does not depend on it.
 WEIGHT = 0.1
 
+T = TypeVar("T")
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class NotAvailable(Exception):
     """A provider cannot run here; the message says why."""
+
+
+def attempt(provider: str, run: Callable[[], T]) -> T:
+    """``run()``. A rival that fails is not available; our own failing is a failure."""
+    try:
+        return run()
+    except Exception as error:
+        if provider.startswith("ours"):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise NotAvailable(f"{type(error).__name__}: {reason}") from error
 
 
 class Case(NamedTuple):
@@ -90,20 +101,12 @@ def penalized(network: nn.Module, *, fast: bool = True, method: str = "exact") -
     return lambda x, y: loss(network, x, y).total
 
 
-def fused(network: nn.Module) -> nn.Module:
-    """A fused copy."""
-    try:
-        fuse = importlib.import_module("rds_fast.nn").fuse
-    except ModuleNotFoundError as error:
-        raise NotAvailable(f"{error.name} is missing") from error
-    return fuse(copy.deepcopy(network), inplace=True)
-
-
+# Each takes the network over: fuse changes it in place.
 LOSSES: dict[str, Callable[[nn.Module], Loss]] = {
     "cross_entropy": stock,
-    "cross_entropy_fused": lambda network: stock(fused(network)),
+    "cross_entropy_fused": lambda network: stock(fuse(network, inplace=True)),
     "eager": lambda network: penalized(network, fast=False),
     "finite_difference": lambda network: penalized(network, method="finite_difference"),
     "ours": penalized,
-    "ours_fused": lambda network: penalized(fused(network)),
+    "ours_fused": lambda network: penalized(fuse(network, inplace=True)),
 }

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.counting import Count, Traffic
 from bench.measure import Results
-from bench.steps import LOSSES, Case, NotAvailable
+from bench.steps import LOSSES, Case, NotAvailable, attempt
 
 META = torch.device("meta")
 PROVIDERS = ("cross_entropy", "eager", "ours", "ours_fused", "cross_entropy_fused")
@@ -86,12 +87,11 @@ def count_case(case: Case, providers: list[str]) -> dict[str, Step]:
     """Each provider's step; one that is not available is said so and left out."""
     steps = {}
     for provider in providers:
+        loss = LOSSES[provider](case.network(META))
         try:
-            loss = LOSSES[provider](case.network(META))
+            steps[provider] = attempt(provider, partial(count_step, loss, *case.batch(META)))
         except NotAvailable as reason:
-            print(f"{provider}: not available: {reason}")
-            continue
-        steps[provider] = count_step(loss, *case.batch(META))
+            print(f"{provider:20} not available: {reason}")
     return steps
 
 
