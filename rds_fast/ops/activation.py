@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from ..backends import select_for_layer
+from .function import Function
 from .logsumexp import full_precision
 from .piecewise_linear import can_overwrite, hardsigmoid, hardtanh, leaky_relu, records_gradient, relu, relu6
 from .registration import derivative, register, third_derivative

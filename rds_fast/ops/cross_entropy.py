@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import reference
 from ..backends import select
+from .function import Function
 from .logsumexp import LogSumExpBackward, full_precision, saved_logsumexp, with_unit_column_stride
 from .registration import derivative, register, third_derivative
 

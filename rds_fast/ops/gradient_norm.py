@@ -17,10 +17,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import reference
 from ..backends import select
+from .function import Function
 from .logsumexp import full_precision, with_unit_column_stride
 from .registration import derivative, register, third_derivative
 

@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn import functional
 
 from ..backends import select_for_layer
 from ..reference import accumulation_dtype
 from .engine import is_wanted
+from .function import Function
 from .logsumexp import autocast_enabled
 from .registration import derivative, register, third_derivative
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import reference
 from ..backends import select
 from ..reference import accumulation_dtype
+from .function import Function
 from .registration import derivative, register, third_derivative
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+
+from .function import Function
 
 _library = torch.library.Library("rds_fast", "DEF")
 
