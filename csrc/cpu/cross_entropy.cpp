@@ -23,7 +23,13 @@ void with_target(const Shape& shape, const Target& given, const Call& call) {
 
 void cross_entropy(Shape shape, Rows logits, Target target, Results ce, Results lse, Saved saved) {
   with_target(shape, target,
-              [&](auto example, auto q) { softmax_forward<decltype(example)>(shape, logits, q, ce, lse, saved); });
+              [&](auto example, auto q) {
+    using T = decltype(example);
+    if constexpr (!decltype(q)::needs_total) {
+      if (shape.columns <= kShort) return short_forward<T>(shape, logits, q, ce, lse, saved);
+    }
+    softmax_forward<T>(shape, logits, q, ce, lse, saved);
+  });
 }
 
 void cross_entropy_backward(Shape shape, Values g_ce, Values g_lse, Rows logits, Target target, const void* lse,
