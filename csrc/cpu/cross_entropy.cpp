@@ -22,8 +22,7 @@ void with_target(const Shape& shape, const Target& given, const Call& call) {
 }
 
 void cross_entropy(Shape shape, Rows logits, Target target, Results ce, Results lse, Saved saved) {
-  with_target(shape, target,
-              [&](auto example, auto q) {
+  with_target(shape, target, [&](auto example, auto q) {
     using T = decltype(example);
     if constexpr (!decltype(q)::needs_total) {
       if (shape.columns <= kShort) return short_forward<T>(shape, logits, q, ce, lse, saved);

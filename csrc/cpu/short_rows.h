@@ -105,84 +105,17 @@ struct TileSoftmax {
   }
 };
 
-// Contiguous rows, element by element as they lie in memory, so that nothing need be transposed. A tile of L rows is as
-// many vectors as there are columns, and which row a lane of the i-th belongs to is the same in every tile.
-template <typename T>
-struct FlatRows {
-  static constexpr int64_t L = kLanes<T>;
-  BitsVec<Acc<T>> row_of_lane[kShort];
-
-  explicit FlatRows(int64_t columns) {
-    for (int64_t i = 0; i < columns; ++i) {
-      for (int64_t lane = 0; lane < L; ++lane) row_of_lane[i][lane] = (i * L + lane) / columns;
-    }
-  }
-  // The i-th vector of values that there is one of for each row.
-  RDS_FAST_INLINE Vec<T> spread(Vec<T> of_rows, int64_t i) const { return permuted<T>(of_rows, row_of_lane[i]); }
-};
-
 // gx = g s.
 template <typename T>
 void flat_backward(const Shape& shape, Values g, const T* x, const void* lse, T* gx) {
   using A = Acc<T>;
-  constexpr int64_t L = kLanes<T>;
-  const int64_t columns = shape.columns;
-  const FlatRows<T> rows(columns);
+  const FlatRows<T> rows(shape.columns);
   for_tiles<T>(shape, [&](int64_t first, int64_t count) {
     const Vec<T> l = load_part(static_cast<const A*>(lse) + first, count, A(0));
     const Vec<T> factor = values_of_lanes<T>(g, first, count);
-    const T* from = x + first * columns;
-    T* to = gx + first * columns;
-    const int64_t size = count * columns;
-    for (int64_t i = 0; i < columns && i * L < size; ++i) {
-      const Vec<T> of_row = rows.spread(l, i), scale = rows.spread(factor, i);
-      if ((i + 1) * L <= size) {
-        store(to + i * L, exponentials(load(from + i * L) - of_row) * scale);
-      } else {
-        const int64_t rest = size - i * L;
-        store_part(to + i * L, exponentials(load_part(from + i * L, rest, A(0)) - of_row) * scale, rest);
-      }
-    }
-  });
-}
-
-// dg = Σ v s and dx = g s (v − Σ v s); the sums row by row, over values in the first-level cache.
-template <typename T>
-void flat_double_backward(const Shape& shape, const T* v, Values g, const T* x, const void* lse, Results dg, T* dx) {
-  using A = Acc<T>;
-  constexpr int64_t L = kLanes<T>;
-  const int64_t columns = shape.columns;
-  const FlatRows<T> rows(columns);
-  for_tiles<T>(shape, [&](int64_t first, int64_t count) {
-    const Vec<T> l = load_part(static_cast<const A*>(lse) + first, count, A(0));
-    const int64_t begin = first * columns, size = count * columns;
-    const auto part = [&](const T* from, int64_t i) {
-      return (i + 1) * L <= size ? load(from + begin + i * L) : load_part(from + begin + i * L, size - i * L, A(0));
-    };
-    alignas(64) A softmax[kShort * L], products[kShort * L];
-    for (int64_t i = 0; i < columns && i * L < size; ++i) {
-      const Vec<T> s = exponentials(part(x, i) - rows.spread(l, i));
-      store(softmax + i * L, s);
-      store(products + i * L, s * part(v, i));
-    }
-    alignas(64) A sums[L] = {}, of_ones[L] = {};
-    for (int64_t row = 0; row < count; ++row) {
-      for (int64_t c = row * columns; c < (row + 1) * columns; ++c) {
-        sums[row] += products[c];
-        of_ones[row] += softmax[c];
-      }
-    }
-    const Vec<T> total = load(sums) * normalisers<T>(load(of_ones));
-    set_results<T>(dg, first, count, total);
-    const Vec<T> factor = values_of_lanes<T>(g, first, count);
-    for (int64_t i = 0; i < columns && i * L < size; ++i) {
-      const Vec<T> value = load(softmax + i * L) * rows.spread(factor, i) * (part(v, i) - rows.spread(total, i));
-      if ((i + 1) * L <= size) {
-        store(dx + begin + i * L, value);
-      } else {
-        store_part(dx + begin + i * L, value, size - i * L);
-      }
-    }
+    rows.write(x + first * shape.columns, gx + first * shape.columns, count, [&](Vec<T> values, int64_t i) {
+      return exponentials(values - rows.spread(l, i)) * rows.spread(factor, i);
+    });
   });
 }
 
@@ -212,12 +145,6 @@ void short_backward(const Shape& shape, Cotangents<T, Target> g, Rows x, const T
 template <typename T, typename Target>
 void short_double_backward(const Shape& shape, Rows v, Cotangents<T, Target> g, Rows x, const Target& target,
                            const void* lse, Results dg_ce, Results dg_lse, void* dx) {
-  if constexpr (!Target::present) {
-    if (x.stride == shape.columns && v.stride == shape.columns) {
-      return flat_double_backward<T>(shape, static_cast<const T*>(v.data), g.g_lse, static_cast<const T*>(x.data), lse,
-                                     dg_lse, static_cast<T*>(dx));
-    }
-  }
   for_tiles<T>(shape, [&](int64_t first, int64_t count) {
     Tile<T> f, cotangent;
     f.gather(shape, x, first, count);

@@ -56,21 +56,6 @@ RDS_FAST_INLINE void transpose(Vec<T> (&block)[kLanes<T>]) {
   }
 }
 
-// Σⱼ block[i][j] in lane i, by the same interleaving.
-template <typename T>
-RDS_FAST_INLINE Vec<T> sums_of_rows(Vec<T> (&block)[kLanes<T>]) {
-  constexpr int64_t L = kLanes<T>;
-#pragma GCC unroll 4
-  for (int64_t half = L / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < half; ++i) {
-      block[i] =
-          interleaved<T>(block[i], block[i + half], 0) + interleaved<T>(block[i], block[i + half], L / 2);
-    }
-  }
-  return block[0];
-}
-
 // count ≤ kLanes rows from first on, transposed. Lanes beyond count repeat the first row.
 template <typename T>
 struct Tile {
@@ -104,6 +89,34 @@ struct Tile {
       for (int64_t lane = 0; lane < L; ++lane) {
         if (lane < count) store_part(static_cast<T*>(out) + (first + lane) * shape.columns + c, block[lane], width);
       }
+    }
+  }
+};
+
+// Contiguous rows, element by element as they lie in memory. A tile of L rows is as many vectors as there are columns,
+// and which row a lane of the i-th belongs to is the same in every tile.
+template <typename T>
+struct FlatRows {
+  static constexpr int64_t L = kLanes<T>;
+  int64_t columns;
+  BitsVec<Acc<T>> row_of_lane[kShort];
+
+  explicit FlatRows(int64_t columns) : columns(columns) {
+    for (int64_t i = 0; i < columns; ++i) {
+      for (int64_t lane = 0; lane < L; ++lane) row_of_lane[i][lane] = (i * L + lane) / columns;
+    }
+  }
+  // The i-th vector of values that there is one of for each row.
+  RDS_FAST_INLINE Vec<T> spread(Vec<T> of_rows, int64_t i) const { return permuted<T>(of_rows, row_of_lane[i]); }
+
+  // The i-th vector of count rows is compute(values, i).
+  template <typename Compute>
+  RDS_FAST_INLINE void write(const T* from, T* to, int64_t count, Compute compute) const {
+    const int64_t size = count * columns, whole = size / L;
+    for (int64_t i = 0; i < whole; ++i) store(to + i * L, compute(load(from + i * L), i));
+    if (whole * L < size) {
+      const int64_t rest = size - whole * L;
+      store_part(to + whole * L, compute(load_part(from + whole * L, rest, Acc<T>(0)), whole), rest);
     }
   }
 };
