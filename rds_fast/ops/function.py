@@ -18,4 +18,4 @@ class Function(torch.autograd.Function):
     def apply(cls, *arguments: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return super().apply(*arguments)
-        return super(torch.autograd.Function, cls).apply(*arguments)
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]  # mypy does not see the C++ base
