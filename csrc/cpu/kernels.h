@@ -1,6 +1,6 @@
 // The CPU kernels as the registration sees them: plain structs of pointers, no PyTorch.
 //
-// logsumexp.cpp, cross_entropy.cpp and gradient_norm.cpp are compiled once for each capability, with its instruction
+// The files of kernels, which CMakeLists.txt names, are compiled once for each capability, with its instruction
 // set, in a namespace of its own; dispatch.cpp picks one when the library is first used.
 #pragma once
 
@@ -50,8 +50,42 @@ struct Saved {
   void* data;
 };
 
+// A dense tensor, [samples][channels][positions]. Channels-last has samples · positions samples of one position.
+struct ChannelShape {
+  Dtype dtype;
+  int64_t samples;
+  int64_t channels;
+  int64_t positions;
+};
+
+// (C,) in the accumulation dtype. No weight (null) is 1, no bias is 0.
+struct BatchNorm {
+  const void* weight;
+  const void* bias;
+  const void* mean;
+  const void* var;
+  double eps;
+  bool training;
+  bool relu;
+};
+
+// (C,) in the accumulation dtype, updated in place; either may be null.
+struct RunningStatistics {
+  void* mean;
+  void* var;
+  double momentum;
+};
+
+// Of gx, gweight, gbias and gresidual; null is zero.
+struct BatchNormCotangents {
+  const void* x;
+  const void* weight;
+  const void* bias;
+  const void* residual;
+};
+
 // Every capability has these functions. Rows results (gx, dx, …) are contiguous and of the rows' dtype.
-#define RDS_FAST_CPU_KERNELS(X)                                                                                   \
+#define RDS_FAST_ROW_KERNELS(X)                                                                                   \
   X(logsumexp, (Shape shape, Rows x, Results result, Saved saved))                                                \
   X(logsumexp_backward, (Shape shape, Values g, Rows x, const void* lse, void* gx))                               \
   X(logsumexp_double_backward, (Shape shape, Rows v, Values g, Rows x, const void* lse, Results dg, void* dx))    \
@@ -64,6 +98,20 @@ struct Saved {
   X(gradient_norm_backward, (Shape shape, Values g, Rows x, const void* saved, double p, double power, void* gx)) \
   X(gradient_norm_double_backward,                                                                                \
     (Shape shape, Rows v, Values g, Rows x, const void* saved, double p, double power, Results dg, void* dx))
+
+// Tensors and results of the shape lie alike in memory. Null: no residual, y, x_cotangent; gresidual, dx not wanted.
+#define RDS_FAST_BATCH_NORM_KERNELS(X)                                                                               \
+  X(batch_norm, (ChannelShape shape, const void* x, BatchNorm norm, const void* residual, RunningStatistics running, \
+                 void* y, void* mean, void* var))                                                                    \
+  X(batch_norm_inference, (ChannelShape shape, const void* x, BatchNorm norm, const void* residual, void* y))        \
+  X(batch_norm_backward, (ChannelShape shape, const void* u, const void* x, const void* y, BatchNorm norm,           \
+                          const void* x_cotangent, void* gx, void* gweight, void* gbias, void* gresidual))           \
+  X(batch_norm_double_backward, (ChannelShape shape, BatchNormCotangents v, const void* u, const void* x,            \
+                                 const void* y, BatchNorm norm, void* du, void* dx, void* dweight))
+
+#define RDS_FAST_CPU_KERNELS(X) \
+  RDS_FAST_ROW_KERNELS(X)       \
+  RDS_FAST_BATCH_NORM_KERNELS(X)
 
 struct Kernels {
   const char* capability;
