@@ -112,7 +112,9 @@ def given(
     absent |= {"mean", "var"} if case.training else set()
     values = values._replace(**dict.fromkeys(absent)).to(dtype, accumulation_dtype(dtype))
     if channels_last and len(size) in LAST:
-        values = Given(*(t if t is None or t.dim() == 1 else t.contiguous(memory_format=LAST[len(size)]) for t in values))
+        values = Given(
+            *(t if t is None or t.dim() == 1 else t.contiguous(memory_format=LAST[len(size)]) for t in values)
+        )
     return values
 
 
@@ -264,21 +266,28 @@ def test_large_eps(size: tuple[int, ...], dtype: torch.dtype) -> None:
     check(given(size, dtype, case), case)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("size", [(64, 3, 40, 40), (512, 20), (32, 20, 4, 4)], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
-def test_mean_far_from_zero(channels_last: bool, size: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_mean_far_from_zero(channels_last: bool, size: tuple[int, ...]) -> None:
+    """In float32 alone: in float64 the truth has the same rounding of the mean."""
     if channels_last and len(size) not in LAST:
         pytest.skip("no such layout")
     case = Case()
-    t = given(size, dtype, case, channels_last=channels_last, mean=1e4)
-    t = t._replace(x=(t.x - 1e4) / 1.5 + 1e4)
-    ours = check(t, case)
-    dims = [d for d in range(len(size)) if d != 1]
-    var, mean = torch.var_mean(t.x.double(), dims, correction=0)
-    accurate = 1e-6 if dtype == torch.float32 else 1e-14
-    assert ((ours.mean - mean).abs() <= accurate * mean.abs()).all()
-    assert ((ours.var - var).abs() <= 10 * accurate * var).all()  # E[x²] − E[x]² would err by 10 in float32
+    t = given(size, torch.float32, case, channels_last=channels_last, mean=1e4)
+    double = t.to(torch.float64, torch.float64)
+    ours = run(t, case)
+    truth = autograd(double, case, torch.ones_like(t.x))
+    # y is of the mean that is returned, which float32 rounds by 5e-4 standard deviations.
+    rounded = case._replace(training=False)
+    y = autograd(double._replace(mean=ours.mean.double(), var=ours.var.double()), rounded, torch.ones_like(t.x)).y
+    truth = truth._replace(y=y)
+    sizes = size_of_terms(t, case, truth) | {"y": y.abs().amax()}
+    for name, our, true in zip(Results._fields, ours, truth, strict=True):
+        if our is None:
+            continue
+        # E[x²] − E[x]² in float32 would err by 10, more than the variance.
+        error = (our.double() - true).abs().movedim(-1 if true.dim() == 1 else 1, 0).reshape(size[1], -1).amax(1)
+        assert (error <= 1e-5 * sizes.get(name, true.abs())).all(), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
