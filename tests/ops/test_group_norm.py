@@ -254,6 +254,17 @@ def test_a_large_mean_does_not_cost_the_variance(fused_backend: str, case: Case)
         assert (our - true).abs().max() <= 2e-3 * true.abs().max()
 
 
+@pytest.mark.parametrize("shape", [(3, 100), (2, 20_000)], ids=str)
+def test_outliers_at_the_beginning_do_not_cost_the_variance(fused_backend: str, shape: tuple[int, int]) -> None:
+    """The deviations are taken from the first values, at first."""
+    x = torch.randn(shape)
+    x[0, :16] += 1e4
+    x[1] += 1e4
+    x[1, :16] = 0
+    truth = functional.layer_norm(x.double(), shape[1:])
+    assert (ours.layer_norm(x, shape[1:]) - truth).abs().max() <= 1e-5 * truth.abs().max()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [CASES[2], CASES[5], CASES[9]], ids=identify)
 def test_rows_of_zero_variance(fused_backend: str, case: Case, dtype: torch.dtype) -> None:
