@@ -92,8 +92,8 @@ def plan_rows(x: Tensor, groups: int, *, channel_sums: bool = False, heavy: bool
     N, C, S = x.shape
     D = C // groups
     launch = plan(x.view(N * groups, D * S), heavy=heavy)
-    if heavy and not launch.whole_row and x.dtype == torch.float64:  # as whole rows of float64: two registers a value
-        launch = launch._replace(tile=launch.tile._replace(num_warps=16))
+    if heavy and not launch.whole_row and x.dtype == torch.float64:  # two registers a value
+        launch = launch._replace(tile=launch.tile._replace(BLOCK_C=launch.tile.BLOCK_C // 2))
     kind = BY_ROW if D == 1 else BY_VALUE if S == 1 else BY_RUN
     strips, row_blocks = 0, 1
     # A layer norm: every row has the same channels. Wider tiles leave a thread no registers for the sums.

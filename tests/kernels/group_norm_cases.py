@@ -128,7 +128,7 @@ def test_a_large_mean_does_not_cost_the_variance(case: Case) -> None:
     x = torch.cat([x, x + 0.5], 2) if case[0][1] > 5000 else x  # float32 rows may be twice as long before they are cut
     _, mean, rstd = group_norm.group_norm(x, None, None, case[1], 1e-5)
     by_row = x.double().reshape(mean.numel(), -1)
-    torch.testing.assert_close(mean.double(), by_row.mean(1), rtol=1e-7, atol=0)
+    torch.testing.assert_close(mean.double(), by_row.mean(1), rtol=2e-7, atol=0)  # one step of float32
     torch.testing.assert_close(rstd.double(), (by_row.var(1, unbiased=False) + 1e-5).rsqrt(), rtol=1e-6, atol=0)
 
 
