@@ -18,6 +18,9 @@ _PASSED_ON = frozenset(
     for operation in ("Alias", "Clone", "ReshapeAlias", "Squeeze", "ToCopy", "UnsafeView", "Unsqueeze", "View")
 )
 
+# PyTorch's default ignore_index: rows of this class index enter neither the cross-entropy nor a penalty on labels.
+IGNORED = -100
+
 # How many such nodes are looked through. A head has one or two: a cast, a flattening.
 _LONGEST_PASSAGE = 8
 
@@ -160,7 +163,7 @@ def _head(logits: Tensor) -> Any:
 
 
 def check_labels(labels: Any, logits: Tensor) -> None:
-    """labels are class indices of the logits' rows. Their range is checked by the caller, where it is free."""
+    """labels are class indices of the logits' rows. Their range is checked by the caller, on CPU alone."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"y is a {type(labels).__name__}; it must be a torch.Tensor of class indices (N,)")
     if labels.dtype != torch.int64:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..ops.cross_entropy import check_class_indices, cross_entropy_with_logsumexp
 from ..ops.gradient_norm import check_norm
-from .checks import check_choice, check_given_logits, check_labels, refuse_compiled, refuse_compiled_logits
+from .checks import IGNORED, check_choice, check_given_logits, check_labels, refuse_compiled, refuse_compiled_logits
 from .inner_pass import PerSample, differentiable_input, forward, implementation, input_gradient_norm
 
 
@@ -33,8 +33,8 @@ class InputGradientPenalty:
     Args:
         p: the order of the norm, in [1, ∞].
         power: a positive number; 2 is the form of the first two sources.
-        of: ``"cross_entropy"`` (y: class indices (N,) or probabilities (N, C); an ignored row, index −100, has
-            penalty 0) or ``"target_logit"`` (y: class indices alone).
+        of: ``"cross_entropy"`` (y: class indices (N,) or probabilities (N, C)) or ``"target_logit"`` (y: class
+            indices alone). An ignored row, index −100, has penalty 0 and counts in the mean of the penalty.
         fast: False runs the penalty's own operations (cross-entropy, norm) on plain PyTorch.
 
     Raises:
@@ -88,7 +88,9 @@ class InputGradientPenalty:
 
 
 def _target_logit(logits: Tensor, y: Tensor) -> Tensor:
+    """f_y (N,); 0, with the gradient 0, for an ignored row, as its cross-entropy is."""
     check_labels(y, logits)
     if not logits.is_cuda:
-        check_class_indices(y, logits.shape[1])
-    return logits.gather(1, y.unsqueeze(1)).squeeze(1)
+        check_class_indices(y, logits.shape[1], IGNORED)
+    ignored = y == IGNORED
+    return logits.gather(1, y.masked_fill(ignored, 0).unsqueeze(1)).squeeze(1).masked_fill(ignored, 0.0)

@@ -9,12 +9,9 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from ..ops.cross_entropy import cross_entropy_with_logsumexp
-from .checks import check_input, check_logits
+from .checks import IGNORED, check_input, check_logits
 from .inner_pass import PerSample, differentiable_input, forward, implementation
 from .schedules import Schedule, check_weight
-
-# PyTorch's default ignore_index: rows of this class index do not enter the cross-entropy or its mean.
-IGNORED = -100
 
 
 class Penalty(Protocol):
