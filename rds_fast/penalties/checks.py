@@ -48,8 +48,14 @@ def check_input(x: Any) -> None:
         )
 
 
-def check_grad_enabled() -> None:
-    """A penalty is a gradient, so gradients must be enabled where it is computed, for evaluation too."""
+def check_autograd() -> None:
+    """A penalty is a gradient, which autograd takes: gradients are enabled, for evaluation too, outside torch.func."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise RuntimeError(
+            "the penalty was called inside a transformation of torch.func (grad, vjp, jvp, vmap ...), which it does "
+            "not support: it takes the gradient with respect to x by autograd itself. Differentiate it by autograd "
+            "too: penalty.backward(), or torch.autograd.grad(penalty, list(model.parameters()))"
+        )
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "the penalty was called in torch.inference_mode, and it needs the gradient of the model with respect to x; "
@@ -113,7 +119,7 @@ def _compiled(found: str) -> RuntimeError:
 def check_given_logits(logits: Tensor, x: Tensor) -> None:
     """What holds by construction where a penalty runs the model itself."""
     check_input(x)
-    check_grad_enabled()
+    check_autograd()
     check_logits(logits, x)
     if not x.requires_grad:
         raise RuntimeError(

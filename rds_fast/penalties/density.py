@@ -161,8 +161,8 @@ class DensityPenalty:
         TypeError: x is not a floating-point tensor, or the model does not return one tensor.
         ValueError: an argument is out of range, the logits are not (N, C), the model ends in log-softmax, or x or
             the logits are 16-bit with a finite difference.
-        RuntimeError: gradients are disabled, there is no gradient path from x to the logits, or the model is compiled
-            (exact).
+        RuntimeError: gradients are disabled, there is no gradient path from x to the logits, the model is compiled
+            (exact), or the penalty is inside a transformation of ``torch.func``, which it does not support.
     """
 
     p: float = 2.0

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..backends import use_backend
 from ..ops.gradient_norm import gradient_norm
 from ..ops.logsumexp import autocast_enabled
-from .checks import check_grad_enabled, check_input, check_logits, no_path
+from .checks import check_autograd, check_input, check_logits, no_path
 
 # The cotangent of the inner pass where it may run in float16. It lifts what lies below 6e-8, float16's least number,
 # and leaves room below 65504 for gradients of up to 255. A power of two, so that undoing it in float32 is exact. It is
@@ -46,7 +46,7 @@ def differentiable_input(x: Tensor) -> Tensor:
     requires a gradient the alias is a view, so that the penalty stays differentiable with respect to x.
     """
     check_input(x)
-    check_grad_enabled()
+    check_autograd()
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
 

@@ -41,7 +41,8 @@ class InputGradientPenalty:
         TypeError: x is not a floating-point tensor, y is of the wrong type, or the model does not return one tensor.
         ValueError: an argument is out of range, or the logits or y have the wrong shape.
         IndexError: on CPU, a class index is out of range; on CUDA a device assertion fails, as in PyTorch.
-        RuntimeError: gradients are disabled, there is no gradient path from x to the logits, or the model is compiled.
+        RuntimeError: gradients are disabled, there is no gradient path from x to the logits, the model is compiled, or
+            the penalty is inside a transformation of ``torch.func``, which it does not support.
     """
 
     p: float = 2.0

@@ -70,6 +70,29 @@ def test_gradients_disabled(call: Call) -> None:
         call(model, x, y)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.func.jvp's own imports
+@every_call
+def test_inside_torch_func(call: Call) -> None:
+    """With respect to the parameters, to x, and in forward mode; a batch of penalties."""
+    model, (x, y) = NETWORKS["mlp"](), batch()
+    parameters = dict(model.named_parameters())
+
+    def scalar(x: Tensor, parameters: dict[str, Tensor] = parameters) -> Tensor:
+        result = call(lambda x: torch.func.functional_call(model, parameters, (x,)), x, y)
+        return result if isinstance(result, Tensor) else result.total
+
+    message = r"inside a transformation of torch\.func .*does not support.*by autograd too: penalty\.backward\(\), or"
+    for transformed in (
+        lambda: torch.func.grad(lambda parameters: scalar(x, parameters))(parameters),
+        lambda: torch.func.grad(scalar)(x),
+        lambda: torch.func.jvp(scalar, (x,), (x,)),
+        lambda: torch.func.vmap(scalar)(x[None]),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            transformed()
+    assert scalar(x).requires_grad  # and outside it works
+
+
 @every_call
 @pytest.mark.parametrize("detach", ["all", "no_grad", "x", "integers"])
 def test_no_gradient_path(call: Call, detach: str) -> None:
@@ -230,6 +253,8 @@ def test_given_logits() -> None:
         logits = model(leaf)
         with torch.no_grad(), pytest.raises(RuntimeError, match="gradients disabled"):
             penalty.from_logits(logits, leaf, y)
+        with pytest.raises(RuntimeError, match=r"inside a transformation of torch\.func"):
+            torch.func.grad(lambda x: penalty.from_logits(model(x), x, y))(x)  # noqa: B023
 
 
 def test_log_density_checks_its_arguments() -> None:
