@@ -48,6 +48,16 @@ def check_input(x: Any) -> None:
         )
 
 
+def check_model(model: Any) -> None:
+    """model can be called with x: not a module's class, and not None."""
+    if not callable(model) or isinstance(model, type):
+        found = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(
+            f"the model is {found}; it must be a callable that maps x (N, ...) to logits (N, C), such as a "
+            "torch.nn.Module"
+        )
+
+
 def check_autograd() -> None:
     """A penalty is a gradient, which autograd takes: gradients are enabled, for evaluation too, outside torch.func."""
     if torch._C._functorch.maybe_current_level() is not None:

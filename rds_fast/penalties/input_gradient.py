@@ -31,14 +31,15 @@ class InputGradientPenalty:
     (arXiv 2407.04370).
 
     Args:
-        p: the order of the norm, in [1, ∞].
+        p: the order of the norm, in [1, ∞]. This and power may be Python's or NumPy's numbers.
         power: a positive number; 2 is the form of the first two sources.
         of: ``"cross_entropy"`` (y: class indices (N,) or probabilities (N, C)) or ``"target_logit"`` (y: class
             indices alone). An ignored row, index −100, has penalty 0 and counts in the mean of the penalty.
         fast: False runs the penalty's own operations (cross-entropy, norm) on plain PyTorch.
 
     Raises:
-        TypeError: x is not a floating-point tensor, y is of the wrong type, or the model does not return one tensor.
+        TypeError: x is not a floating-point tensor, y is of the wrong type, the model is not callable or does not
+            return one tensor, or p or power is not a number (a tensor is none).
         ValueError: an argument is out of range, or the logits or y have the wrong shape.
         IndexError: on CPU, a class index is out of range; on CUDA a device assertion fails, as in PyTorch.
         RuntimeError: gradients are disabled, there is no gradient path from x to the logits, the model is compiled, or

@@ -110,6 +110,14 @@ def test_no_gradient_path(call: Call, detach: str) -> None:
 
 
 @every_call
+def test_model(call: Call) -> None:
+    message = r"the model is {}; it must be a callable that maps x \(N, \.\.\.\) to logits \(N, C\), such as a"
+    for model, found in ((None, "a NoneType"), ({}, "a dict"), (nn.Linear, "the class Linear")):
+        with pytest.raises(TypeError, match=message.format(found)):
+            call(model, *batch())
+
+
+@every_call
 def test_logits(call: Call) -> None:
     x, y = batch()
     with pytest.raises(TypeError, match=r"returned a tuple; a penalty needs one tensor of logits \(N, C\)\. Wrap"):
@@ -226,6 +234,22 @@ def test_bad_arguments(make: Callable[[], object], message: str) -> None:
         make()
 
 
+@pytest.mark.parametrize(
+    ("penalty", "name"),
+    [
+        (DensityPenalty, "p"),
+        (DensityPenalty, "power"),
+        (DensityPenalty, "step_size"),
+        (InputGradientPenalty, "p"),
+        (InputGradientPenalty, "power"),
+    ],
+)
+def test_numbers(penalty: Any, name: str) -> None:
+    for value, found in ((torch.tensor(2.0), "a Tensor"), ("2", "'2', a str"), (True, "True, a bool")):
+        with pytest.raises(TypeError, match=f"^{name} is {found}; it must be a Python number"):
+            penalty(**{name: value})
+
+
 def test_bad_arguments_of_the_functions() -> None:
     model, x = NETWORKS["mlp"](), batch()[0].requires_grad_()
     for call in (
@@ -261,6 +285,8 @@ def test_log_density_checks_its_arguments() -> None:
     model, (x, _) = NETWORKS["mlp"](), batch()
     with pytest.raises(TypeError, match=r"x is torch\.int64"):
         log_density(model, x.long())
+    with pytest.raises(TypeError, match="the model is a NoneType"):
+        log_density(None, x)
     with pytest.raises(ValueError, match=r"logits have shape \(6,\)"):
         log_density(Ending(lambda logits: logits[:, 0]), x)
 
