@@ -98,7 +98,7 @@ def available(device: torch.device | str | None = None) -> tuple[str, ...]:
         device_type = torch.device(device).type
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"device is {device!r}; it must be a torch.device or the name of one, such as 'cpu', 'cuda', 'cuda:1', 'mps'"
+            f"device is {device!r}; it must be a torch.device or the name of one, such as 'cpu', 'cuda', 'cuda:1'"
         ) from error
     return tuple(backend for backend in BACKENDS if failure(backend, device_type) is None)
 

@@ -144,18 +144,7 @@ def check_given_logits(logits: Tensor, x: Tensor) -> None:
 def refuse_normalised(logits: Tensor) -> None:
     """Log-probabilities have log Σ exp = 0 for every x, so the density penalty of them is identically zero."""
     head = _head(logits)
-    if head is None:
-        return
-    name = head.name()
-    normalised = name.startswith("LogSoftmaxBackward") and not _over_samples(head._saved_dim)
-    if name.startswith("SubBackward"):  # f − log Σ exp f, written out
-        (minuend, _), (subtrahend, _) = head.next_functions[:2]
-        normalised = (
-            subtrahend is not None
-            and subtrahend.name().startswith("LogsumexpBackward")
-            and subtrahend.next_functions[0][0] is minuend
-        )
-    if normalised:
+    if head is not None and _is_normalised(head, samples=logits.shape[0]):
         raise ValueError(
             "the model ends in log-softmax: its outputs are log-probabilities, whose log-sum-exp is 0 for every x, so "
             "the density penalty would be identically zero; return the logits before the log-softmax (and train with "
@@ -163,19 +152,49 @@ def refuse_normalised(logits: Tensor) -> None:
         )
 
 
-def _over_samples(dim: int) -> bool:
-    """Whether a softmax's saved dim is the samples'. Negative dims are saved as unsigned 64-bit numbers."""
-    return dim in (0, 2**64 - 2)
+def _is_normalised(head: Any, samples: int) -> bool:
+    """Whether a node is a log-softmax within each sample: the operation itself, or written out in one of two ways."""
+    kind = _kind(head)
+    if kind == "LogSoftmaxBackward":
+        return _within_samples(head, head._saved_dim, samples)
+    if kind == "LogBackward":  # log softmax f
+        softmax = _behind_views(head.next_functions[0][0])
+        return _kind(softmax) == "SoftmaxBackward" and _within_samples(softmax, softmax._saved_dim, samples)
+    if kind == "SubBackward" and head._saved_alpha == 1:  # f − log Σ exp f
+        minuend, (subtrahend, _) = head.next_functions
+        return (
+            _kind(subtrahend) == "LogsumexpBackward"
+            and subtrahend.next_functions[0] == minuend
+            and subtrahend._saved_keepdim
+            and all(_within_samples(head, dim, samples) for dim in subtrahend._saved_dim)
+        )
+    return False
+
+
+def _within_samples(node: Any, dim: int, samples: int) -> bool:
+    """Whether ``dim`` of a node's result is not the samples', which are dimension 0 if there are as many of them."""
+    shape = node._input_metadata[0].shape
+    dim = dim - 2**64 if dim >= 2**63 else dim  # negative dims are saved as unsigned 64-bit numbers
+    return shape[0] == samples and dim % len(shape) != 0
 
 
 def _head(logits: Tensor) -> Any:
     """The autograd node that computed the logits, behind views and casts; None for a leaf."""
-    node = logits.grad_fn
+    return _behind_views(logits.grad_fn)
+
+
+def _behind_views(node: Any) -> Any:
     for _ in range(_LONGEST_PASSAGE):
-        if node is None or node.name().rstrip("0123456789") not in _PASSED_ON:
+        if _kind(node) not in _PASSED_ON:
             break
         node = node.next_functions[0][0]
     return node
+
+
+def _kind(node: Any) -> str:
+    """The name of one of PyTorch's autograd nodes without its number; "" for none and for a Function's."""
+    name = "" if node is None else node.name()
+    return name.rstrip("0123456789") if name[-1:].isdigit() else ""
 
 
 def check_labels(labels: Any, logits: Tensor) -> None:
