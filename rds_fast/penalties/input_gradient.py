@@ -32,7 +32,8 @@ class InputGradientPenalty:
 
     Args:
         p: the order of the norm, in [1, ∞]. This and power may be Python's or NumPy's numbers.
-        power: a positive number; 2 is the form of the first two sources.
+        power: a positive number; 2 is the form of the first two sources. The command ``rds-fast train`` has its own
+            default for both penalties, 1, the form of the third.
         of: ``"cross_entropy"`` (y: class indices (N,) or probabilities (N, C)) or ``"target_logit"`` (y: class
             indices alone). An ignored row, index −100, has penalty 0 and counts in the mean of the penalty.
         fast: False runs the penalty's own operations (cross-entropy, norm) on plain PyTorch.
