@@ -145,7 +145,7 @@ def recorded_launches(target: str) -> Iterator[tuple[str, dict, dict, dict, int,
         for (N, C), dtype in sizes_and_dtypes(target):
             case = f"{N}x{C} {str(dtype).removeprefix('torch.')}"
             x = torch.empty(N, C, dtype=dtype, device="meta")
-            row = torch.empty(N, dtype=rows.accumulation_dtype(x), device="meta")
+            row = torch.empty(N, dtype=rows.accumulation_dtype(dtype), device="meta")
             for family in FAMILIES:
                 family(x, torch.empty_like(x), row, torch.empty(N, dtype=dtype, device="meta"))
     finally:
