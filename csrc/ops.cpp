@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <optional>
 #include <string>
 #include <tuple>
 
@@ -28,15 +29,17 @@ using torch::stable::Tensor;
 
 ScalarType accumulation_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
 
-Shape shape_of(const Tensor& x) {
+Dtype dtype_of(const Tensor& x) {
   const ScalarType type = x.scalar_type();
   const Dtype dtype = type == ScalarType::Double     ? Dtype::float64
                       : type == ScalarType::Float    ? Dtype::float32
                       : type == ScalarType::BFloat16 ? Dtype::bfloat16
                                                      : Dtype::float16;
   STD_TORCH_CHECK(dtype != Dtype::float16 || type == ScalarType::Half, "rds_fast_native: no kernel for this dtype");
-  return {dtype, x.size(0), x.size(1)};
+  return dtype;
 }
+
+Shape shape_of(const Tensor& x) { return {dtype_of(x), x.size(0), x.size(1)}; }
 
 Rows rows(const Tensor& x) { return {x.data_ptr(), x.stride(0)}; }
 
@@ -163,6 +166,38 @@ std::tuple<Tensor, Tensor> gradient_norm_double_backward(const Tensor& v, const 
   return {dg, dx};
 }
 
+Activation activation_of(const std::string& kind, double a, double b) {
+#define RDS_FAST_NAMED(name) \
+  if (kind == #name) return {ActivationKind::name, a, b};
+  RDS_FAST_ACTIVATIONS(RDS_FAST_NAMED)
+#undef RDS_FAST_NAMED
+  STD_TORCH_CHECK(false, "rds_fast_native: no activation of this name: ", kind);
+}
+
+Tensor fresh_like(const Tensor& x) {
+  Tensor fresh = torch::stable::empty_like(x);
+  advise_huge_pages(fresh.data_ptr(), fresh.numel() * fresh.element_size());
+  return fresh;
+}
+
+Tensor activation_backward(const Tensor& g, const Tensor& x, const std::optional<Tensor>& x_cotangent,
+                           const std::string& kind, double a, double b) {
+  Tensor gx = fresh_like(x);
+  kernels().activation_backward({dtype_of(x), x.numel()}, g.data_ptr(), x.data_ptr(),
+                                x_cotangent ? x_cotangent->data_ptr() : nullptr, activation_of(kind, a, b),
+                                gx.data_ptr());
+  return gx;
+}
+
+std::tuple<Tensor, Tensor> activation_double_backward(const Tensor& v, const Tensor& g, const Tensor& x,
+                                                      const std::string& kind, double a, double b) {
+  Tensor dg = fresh_like(x);
+  Tensor dx = fresh_like(x);
+  kernels().activation_double_backward({dtype_of(x), x.numel()}, v.data_ptr(), g.data_ptr(), x.data_ptr(),
+                                       activation_of(kind, a, b), dg.data_ptr(), dx.data_ptr());
+  return {dg, dx};
+}
+
 std::string cpu_capability() { return kernels().capability; }
 
 }  // namespace
@@ -188,6 +223,8 @@ STABLE_TORCH_LIBRARY(rds_fast_native, m) {
   m.def(
       "gradient_norm_double_backward(Tensor v, Tensor g, Tensor x, Tensor saved, float p, float power) -> "
       "(Tensor, Tensor)");
+  m.def("activation_backward(Tensor g, Tensor x, Tensor? x_cotangent, str kind, float a, float b) -> Tensor");
+  m.def("activation_double_backward(Tensor v, Tensor g, Tensor x, str kind, float a, float b) -> (Tensor, Tensor)");
   m.def("cpu_capability() -> str");
 }
 

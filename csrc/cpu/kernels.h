@@ -1,7 +1,7 @@
 // The CPU kernels as the registration sees them: plain structs of pointers, no PyTorch.
 //
-// logsumexp.cpp, cross_entropy.cpp and gradient_norm.cpp are compiled once for each capability, with its instruction
-// set, in a namespace of its own; dispatch.cpp picks one when the library is first used.
+// logsumexp.cpp, cross_entropy.cpp, gradient_norm.cpp and activation.cpp are compiled once for each capability, with
+// its instruction set, in a namespace of its own; dispatch.cpp picks one when the library is first used.
 #pragma once
 
 #include <cstdint>
@@ -50,6 +50,28 @@ struct Saved {
   void* data;
 };
 
+// The smooth activations, by the names that ops/activation.py gives them.
+#define RDS_FAST_ACTIVATIONS(X) \
+  X(gelu) X(gelu_tanh) X(silu) X(mish) X(softplus) X(hardswish) X(elu) X(selu) X(sigmoid) X(tanh)
+
+enum class ActivationKind {
+#define RDS_FAST_ENUMERATOR(kind) kind,
+  RDS_FAST_ACTIVATIONS(RDS_FAST_ENUMERATOR)
+#undef RDS_FAST_ENUMERATOR
+};
+
+struct Activation {
+  ActivationKind kind;
+  double a;
+  double b;
+};
+
+// count values in one order in memory, whatever it is: element-wise kernels do not look at shapes.
+struct Elements {
+  Dtype dtype;
+  int64_t count;
+};
+
 // Every capability has these functions. Rows results (gx, dx, …) are contiguous and of the rows' dtype.
 #define RDS_FAST_CPU_KERNELS(X)                                                                                   \
   X(logsumexp, (Shape shape, Rows x, Results result, Saved saved))                                                \
@@ -63,7 +85,11 @@ struct Saved {
   X(gradient_norm, (Shape shape, Rows x, double p, double power, Results result, Saved saved))                    \
   X(gradient_norm_backward, (Shape shape, Values g, Rows x, const void* saved, double p, double power, void* gx)) \
   X(gradient_norm_double_backward,                                                                                \
-    (Shape shape, Rows v, Values g, Rows x, const void* saved, double p, double power, Results dg, void* dx))
+    (Shape shape, Rows v, Values g, Rows x, const void* saved, double p, double power, Results dg, void* dx))     \
+  X(activation_backward, (Elements elements, const void* g, const void* x, const void* x_cotangent, /* or null */ \
+                          Activation activation, void* gx))                                                       \
+  X(activation_double_backward,                                                                                   \
+    (Elements elements, const void* v, const void* g, const void* x, Activation activation, void* dg, void* dx))
 
 struct Kernels {
   const char* capability;

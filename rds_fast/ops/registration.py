@@ -1,8 +1,8 @@
 """How a fused kernel becomes a ``torch.library`` operation under ``rds_fast::``.
 
-Its last argument names the backend that runs it. An operation that works row by row (dimension 0 of each tensor argument
-and of each result counts samples) has a batching rule, the same for all; the others, which the public functions never
-call inside a transformation of ``torch.func``, have none.
+Its last argument names the backend that runs it. An operation that works row by row (dimension 0 of each tensor
+argument and of each result counts samples) has a batching rule, the same for all. The others, which the public
+functions never call inside a transformation of ``torch.func``, have none.
 """
 
 from __future__ import annotations
@@ -57,11 +57,27 @@ def register(file: str, schema: str, fake: Callable[..., Any], *, row_wise: bool
     _library.impl(name, run, "CPU")
     _library.impl(name, run, "CUDA")
     torch.library.register_fake(qualified_name, fake, lib=_library)
-    torch.library.register_autograd(qualified_name, refuse, lib=_library)
     operation = getattr(torch.ops.rds_fast, name).default
+    if operation._schema.is_mutable:
+        _library.impl(name, functools.partial(_run_mutating, operation, refuse), "Autograd")
+    else:
+        torch.library.register_autograd(qualified_name, refuse, lib=_library)
     if row_wise:
         torch.library.register_vmap(qualified_name, functools.partial(_run_batched, operation), lib=_library)
     return operation
+
+
+def _run_mutating(operation: Any, refuse: Callable[..., None], *arguments: Any) -> Any:
+    """The autograd kernel of an operation that writes to arguments, for which PyTorch registers none."""
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        refuse()
+    with torch._C._AutoDispatchBelowAutograd():
+        results = operation(*arguments)
+    for declared, argument in zip(operation._schema.arguments, arguments, strict=True):
+        if declared.alias_info is not None and argument is not None:
+            torch.autograd.graph.increment_version(argument)
+    return results
 
 
 def _run_batched(operation: Any, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..backends import use_backend
+from ..double_backward import fast_double_backward
 from ..ops.gradient_norm import gradient_norm
 from ..ops.logsumexp import autocast_enabled
 from .checks import check_autograd, check_input, check_logits, check_model, no_path
@@ -35,7 +36,7 @@ class PerSample(NamedTuple):
 
 
 def implementation(fast: bool) -> AbstractContextManager[None]:
-    """``fast=False``: the operations inside run on plain PyTorch."""
+    """``fast=False``: the operations inside, and the model's layers, run on plain PyTorch."""
     return nullcontext() if fast else use_backend("reference")
 
 
@@ -58,9 +59,10 @@ def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return logits
 
 
-def forward(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The same, for a gradient with respect to x: they require one."""
-    logits = logits_of(model, x)
+def forward(model: Callable[[Tensor], Tensor], x: Tensor, *, twice_differentiable: bool = True) -> Tensor:
+    """The same, where they require a gradient; with a fast double backward if they are to be differentiated twice."""
+    with fast_double_backward() if twice_differentiable else nullcontext():
+        logits = logits_of(model, x)
     if not logits.requires_grad:
         raise no_path()
     return logits
