@@ -208,11 +208,11 @@ class Traffic(TorchDispatchMode):
         return total(count for _, count in self.calls)
 
     def by_name(self) -> dict[str, Count]:
-        """The sums by operation, those that move the most bytes first."""
+        """The sums by operation."""
         names: dict[str, list[Count]] = {}
         for name, count in self.calls:
             names.setdefault(name, []).append(count)
-        return dict(sorted(((n, total(counts)) for n, counts in names.items()), key=lambda item: -item[1].bytes))
+        return {name: total(counts) for name, counts in names.items()}
 
     def alive(self, *results: Tensor) -> int:
         """The bytes of the storages created inside that are still alive, each once, but for those of ``results``.

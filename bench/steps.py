@@ -5,27 +5,39 @@ A step's loss is a function of (x, y); its backward fills the gradients of the p
 
 from __future__ import annotations
 
-import copy
-import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import rds_fast
+from rds_fast.nn import fuse
 from rds_fast.training import models
 
 # λ of the penalty. The work does not depend on it.
 WEIGHT = 0.1
 
+T = TypeVar("T")
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class NotAvailable(Exception):
     """A provider cannot run here; the message says why."""
+
+
+def attempt(provider: str, run: Callable[[], T]) -> T:
+    """``run()``. A rival that fails is not available; our own failing is a failure."""
+    try:
+        return run()
+    except Exception as error:
+        if provider.startswith("ours"):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise NotAvailable(f"{type(error).__name__}: {reason}") from error
 
 
 class Case(NamedTuple):
@@ -35,6 +47,7 @@ class Case(NamedTuple):
     image_size: int = 32
     batch_size: int = 32
     dtype: torch.dtype = torch.float32
+    float32_norms: bool = False  # the parameters and buffers of batch norm, as mixed precision keeps them
     autocast: torch.dtype | None = None
     channels_last: bool = False
     mode: str = "train"
@@ -46,6 +59,8 @@ class Case(NamedTuple):
     @property
     def precision(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
+        if self.float32_norms:
+            name += ", norms float32"
         return f"{name}, autocast {str(self.autocast).removeprefix('torch.')}" if self.autocast else name
 
     def network(self, device: torch.device) -> nn.Module:
@@ -55,6 +70,9 @@ class Case(NamedTuple):
             else:
                 network = models._torchvision_models().get_model(self.model, weights=None)
         network = network.to(self.dtype).train(self.mode == "train")
+        for module in network.modules():
+            if self.float32_norms and isinstance(module, _BatchNorm):
+                module.float()
         return network.to(memory_format=torch.channels_last) if self.channels_last else network
 
     def batch(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -83,20 +101,12 @@ def penalized(network: nn.Module, *, fast: bool = True, method: str = "exact") -
     return lambda x, y: loss(network, x, y).total
 
 
-def fused(network: nn.Module) -> nn.Module:
-    """A fused copy."""
-    try:
-        fuse = importlib.import_module("rds_fast.nn").fuse
-    except ModuleNotFoundError as error:
-        raise NotAvailable(f"{error.name} is missing") from error
-    return fuse(copy.deepcopy(network), inplace=True)
-
-
+# Each takes the network over: fuse changes it in place.
 LOSSES: dict[str, Callable[[nn.Module], Loss]] = {
     "cross_entropy": stock,
-    "cross_entropy_fused": lambda network: stock(fused(network)),
+    "cross_entropy_fused": lambda network: stock(fuse(network, inplace=True)),
     "eager": lambda network: penalized(network, fast=False),
     "finite_difference": lambda network: penalized(network, method="finite_difference"),
     "ours": penalized,
-    "ours_fused": lambda network: penalized(fused(network)),
+    "ours_fused": lambda network: penalized(fuse(network, inplace=True)),
 }

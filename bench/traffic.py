@@ -5,7 +5,8 @@
     python bench/traffic.py --model vgg11_bn --image-size 224 --batch-size 64
 
 Nothing runs, so the figures are the same on every machine. The rules of counting stand in ``bench/counting.py``. The
-network and its input are bfloat16 throughout, train mode, channels-last; the step is forward, penalty and backward,
+network and its input are bfloat16 throughout (with ``--float32-norms`` but for the parameters and buffers of batch
+norm, as mixed precision keeps them), in train mode, channels-last; the step is forward, penalty and backward,
 without the optimiser. Saved bytes are the storages alive when the loss is there and its backward is not yet called,
 that the step created: not parameters, buffers, the input or the loss.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.counting import Count, Traffic
 from bench.measure import Results
-from bench.steps import LOSSES, Case, NotAvailable
+from bench.steps import LOSSES, Case, NotAvailable, attempt
 
 META = torch.device("meta")
 PROVIDERS = ("cross_entropy", "eager", "ours", "ours_fused", "cross_entropy_fused")
@@ -85,12 +87,11 @@ def count_case(case: Case, providers: list[str]) -> dict[str, Step]:
     """Each provider's step; one that is not available is said so and left out."""
     steps = {}
     for provider in providers:
+        loss = LOSSES[provider](case.network(META))
         try:
-            loss = LOSSES[provider](case.network(META))
+            steps[provider] = attempt(provider, partial(count_step, loss, *case.batch(META)))
         except NotAvailable as reason:
-            print(f"{provider}: not available: {reason}")
-            continue
-        steps[provider] = count_step(loss, *case.batch(META))
+            print(f"{provider:20} not available: {reason}")
     return steps
 
 
@@ -128,10 +129,11 @@ def print_steps(steps: dict[str, Step], device_name: str) -> None:
         print(f"{provider:20}" + "".join(f"{figure:>18}" for figure in figures))
 
 
-def print_operations(provider: str, step: Step, top: int) -> None:
-    """The operations that move the most bytes."""
-    print(f"\n{provider}: the {top} operations that move the most bytes")
-    for name, count in list(step.traffic.by_name().items())[:top]:
+def print_operations(provider: str, step: Step, top: int, by: str) -> None:
+    """The first operations by a field of their count."""
+    print(f"\n{provider}: the first {top} operations by {by}")
+    names = sorted(step.traffic.by_name().items(), key=lambda item: -getattr(item[1], by))
+    for name, count in names[:top]:
         share = count.bytes / step.count.bytes
         print(
             f"  {name:44}{count.bytes * 1e-9:10.2f} GB {share:6.1%}{count.operations:7} calls"
@@ -146,15 +148,17 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--mode", choices=["train", "eval"], default="train")
+    parser.add_argument("--float32-norms", action="store_true", help="batch norm's parameters in float32")
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=LOSSES)
-    parser.add_argument("--top", type=int, default=0, help="also list the N operations that move the most bytes")
+    parser.add_argument("--top", type=int, default=0, help="also list the first N operations")
+    parser.add_argument("--by", default="bytes", choices=Count._fields, help="the order of --top")
     parser.add_argument("--device", default="H200", choices=DEVICES, help="whose nominal figures the floor takes")
     arguments = parser.parse_args()
     own = Case(arguments.model, arguments.image_size, arguments.batch_size, torch.bfloat16, channels_last=True)
     cases = [own] if arguments.model else [CASES[name] for name in arguments.cases]
     results = Results("traffic", META)
     for case in cases:
-        case = case._replace(mode=arguments.mode)
+        case = case._replace(mode=arguments.mode, float32_norms=arguments.float32_norms)
         print(f"{case.size}, {case.precision}, {case.mode} mode, torch {torch.__version__}")
         steps = count_case(case, arguments.providers)
         print_steps(steps, arguments.device)
@@ -162,7 +166,7 @@ def main() -> None:
             for metric, (unit, value) in METRICS.items():
                 append(results, case, provider, "training_step", metric, unit, value(step))
             if arguments.top:
-                print_operations(provider, step, arguments.top)
+                print_operations(provider, step, arguments.top, arguments.by)
         print()
     print(f"appended to {results.path}")
 

@@ -17,8 +17,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from .backends import select_for_layer
-from .ops import convolution, pooling
+from .ops import activation, convolution, pooling
 from .ops.batch_norm import batch_norm
+from .ops.group_norm import group_norm, instance_norm, layer_norm
 
 
 class fast_double_backward(TorchFunctionMode):
@@ -29,9 +30,10 @@ class fast_double_backward(TorchFunctionMode):
     operation ends the chain, and exists elsewhere. Only the forward must run inside. The mode holds for the thread that
     entered it, may be nested, and is left when an exception is raised.
 
-    Convolutions (all kinds, with any memory format), batch norm and pools run on operations of this library; scaled dot
-    product attention in its plain form, since PyTorch's fused ones cannot be differentiated twice. Everything else is
-    left as it is. Activation checkpointing recomputes a forward outside the mode and so cannot be combined with it.
+    Convolutions of all kinds, batch, layer, group and instance norm, activations and pools run on operations of this
+    library; scaled dot product attention in its plain form, since PyTorch's fused ones cannot be differentiated twice.
+    Everything else is left as it is. Activation checkpointing recomputes a forward outside the mode and so cannot be
+    combined with it.
 
     Example, the R1 penalty (Mescheder, Geiger and Nowozin 2018)::
 
@@ -45,6 +47,8 @@ class fast_double_backward(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
         if any(kind not in (Tensor, torch.nn.Parameter) for kind in types):  # a subclass has its own ways
             return func(*args, **kwargs)
         replacement = _replacements().get(func)
@@ -92,10 +96,44 @@ def _batch_norm(
     eps: float,
     cudnn_enabled: bool,
 ) -> Tensor:
-    """The builtin's arguments to ours."""
-    if not torch.is_grad_enabled():
-        return torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled)
+    """The builtin's arguments, in their order, to ours."""
     return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    return instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: list[int] | tuple[int, ...],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    return layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    return group_norm(input, num_groups, weight, bias, eps)
 
 
 def _attention(
@@ -110,7 +148,7 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """PyTorch's composition of matrix products and a softmax, which it can differentiate to any order."""
-    if not torch.is_grad_enabled() or select_for_layer(query) == "reference":
+    if select_for_layer(query) == "reference":
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -121,10 +159,18 @@ def _attention(
 
 @functools.cache
 def _replacements() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """PyTorch's builtins, and what runs in their place."""
+    """PyTorch's functions and builtins, and what runs in their place."""
     families = {**convolution.REPLACEMENTS, **pooling.REPLACEMENTS}
     return {
         **{plain: functools.partial(ours, plain) for plain, ours in families.items()},
+        **activation.REPLACEMENTS,
+        functional.batch_norm: batch_norm,
         torch.batch_norm: _batch_norm,
+        functional.layer_norm: layer_norm,
+        torch.layer_norm: _layer_norm,
+        functional.group_norm: group_norm,
+        torch.group_norm: _group_norm,
+        functional.instance_norm: instance_norm,
+        torch.instance_norm: _instance_norm,
         functional.scaled_dot_product_attention: _attention,
     }

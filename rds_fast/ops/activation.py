@@ -14,15 +14,16 @@ keeps a copy of x, and so do we.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from ..backends import select_for_layer
+from .function import Function
 from .logsumexp import full_precision
 from .piecewise_linear import can_overwrite, hardsigmoid, hardtanh, leaky_relu, records_gradient, relu, relu6
 from .registration import derivative, register, third_derivative
@@ -247,3 +248,21 @@ def sigmoid(input: Tensor, inplace: bool = False) -> Tensor:
 def tanh(input: Tensor, inplace: bool = False) -> Tensor:
     """The hyperbolic tangent, as ``torch.tanh``, or as ``torch.tanh_`` if ``inplace``."""
     return _activate(input, Kind("tanh"), torch.tanh_ if inplace else torch.tanh, inplace)
+
+
+def _in_place(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return functools.partial(function, inplace=True)
+
+
+# PyTorch's functions and builtins, and those here that take their place.
+REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
+    **{getattr(F, ours.__name__): ours for ours in (relu, leaky_relu, hardtanh, relu6, hardsigmoid, silu, mish)},
+    **{getattr(F, ours.__name__): ours for ours in (hardswish, elu, selu, celu, gelu, softplus)},
+    **{getattr(torch, ours.__name__): ours for ours in (relu, selu, celu, sigmoid, tanh)},
+    **{getattr(torch, f"{ours.__name__}_"): _in_place(ours) for ours in (relu, selu, celu, sigmoid, tanh)},
+    **{getattr(torch.Tensor, ours.__name__): ours for ours in (relu, sigmoid, tanh)},
+    **{getattr(torch.Tensor, f"{ours.__name__}_"): _in_place(ours) for ours in (relu, sigmoid, tanh)},
+    **{getattr(F, f"{ours.__name__}_"): _in_place(ours) for ours in (leaky_relu, hardtanh)},
+    F.elu_: lambda input, alpha=1.0: elu(input, alpha, inplace=True),
+    torch.special.expit: sigmoid,
+}

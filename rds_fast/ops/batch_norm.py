@@ -30,12 +30,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn import functional
 
 from ..backends import select_for_layer
 from ..reference import accumulation_dtype
 from .aliases import offer_alias, take_alias
+from .function import Function
 from .recompute import attach
 from .registration import derivative, register, third_derivative
 

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from ..backends import select_for_layer
 from .aliases import take_alias
 from .engine import is_wanted, queryable
+from .function import Function
 from .logsumexp import autocast_enabled
 from .recompute import Saved, save
 from .registration import derivative

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import reference
 from ..backends import select_for_layer
+from .function import Function
 from .registration import derivative
 
 _aten = torch.ops.aten

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from ..backends import select_for_layer
+from .function import Function
 from .registration import derivative
 
 Size = int | tuple[int, ...] | list[int]

@@ -1,12 +1,14 @@
 """Compiles what the launchers launch, for a GPU that need not be there, and prints one JSON line for each kernel.
 
-Run by ``test_compile.py`` in processes of their own: ``python compile_kernels.py TARGET``. The launchers are called on
+Run by ``test_compile.py`` in processes of their own: ``python compile_kernels.py TARGET``; files of other families
+beside this one do the same for their own, by way of ``main``. The launchers are called on
 meta tensors while ``JITFunction.run`` records the arguments, so the configurations compiled here are the shipped ones,
 whatever the heuristics table says. A kernel that no case launches is reported with ``"launched": false``.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import math
@@ -15,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -113,15 +115,29 @@ FAMILIES: tuple[Callable[..., None], ...] = (
     launch_activation,
 )
 
+# Files of kernels that have a ``compile_*.py`` of their own.
+ELSEWHERE = {"channel_sums", "group_norm", "group_norm_backward", "group_norm_double_backward", "group_rows"}
 
-def kernels() -> dict[str, JITFunction]:
-    """Every kernel of the package: every compiled function whose name does not begin with ``tl_``."""
+
+def row_cases(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Each input, and what launches the kernels for it."""
+    for (N, C), dtype in sizes_and_dtypes(target):
+        x = torch.empty(N, C, dtype=dtype, device="meta")
+        row = torch.empty(N, dtype=rows.accumulation_dtype(dtype), device="meta")
+        g = torch.empty(N, dtype=dtype, device="meta")
+        for family in FAMILIES:
+            case = f"{N}x{C} {str(dtype).removeprefix('torch.')}"
+            yield case, functools.partial(family, x, torch.empty_like(x), row, g)
+
+
+def kernels(files: Collection[str]) -> dict[str, JITFunction]:
+    """Every kernel of these files: every compiled function whose name does not begin with ``tl_``."""
     found = {}
-    for module_info in pkgutil.iter_modules(rds_fast.kernels.__path__):
-        module = importlib.import_module(f"rds_fast.kernels.{module_info.name}")
+    for file in files:
+        module = importlib.import_module(f"rds_fast.kernels.{file}")
         for name, value in vars(module).items():
             if isinstance(value, JITFunction) and not name.startswith("tl_"):
-                found[f"{module_info.name}.{name}"] = value
+                found[f"{value.__module__.rpartition('.')[2]}.{name}"] = value
     return found
 
 
@@ -135,7 +151,11 @@ def signature(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[dict, dic
         if isinstance(value, torch.Tensor):
             types[parameter.name] = _TYPES[value.dtype]
             alignments[(index,)] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or (value == 1 and isinstance(value, int) and not parameter.do_not_specialize):
+        elif (
+            parameter.is_constexpr
+            or value is None
+            or (value == 1 and isinstance(value, int) and not parameter.do_not_specialize)
+        ):
             types[parameter.name] = "constexpr"
             constants[parameter.name] = value
         elif isinstance(value, int):
@@ -145,9 +165,11 @@ def signature(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[dict, dic
     return types, constants, alignments
 
 
-def recorded_launches(target: str) -> Iterator[tuple[str, dict, dict, dict, int, str]]:
+def recorded_launches(
+    files: Collection[str], cases: Iterable[tuple[str, Callable[[], None]]]
+) -> list[tuple[str, dict, dict, dict, int, str]]:
     """What to compile: kernel, signature and warps of each distinct launch, and the first input that led to it."""
-    names = {id(kernel): name for name, kernel in kernels().items()}
+    names = {id(kernel): name for name, kernel in kernels(files).items()}
     launches: list[tuple] = []
     seen = set()
 
@@ -160,15 +182,11 @@ def recorded_launches(target: str) -> Iterator[tuple[str, dict, dict, dict, int,
 
     run, JITFunction.run = JITFunction.run, record
     try:
-        for (N, C), dtype in sizes_and_dtypes(target):
-            case = f"{N}x{C} {str(dtype).removeprefix('torch.')}"
-            x = torch.empty(N, C, dtype=dtype, device="meta")
-            row = torch.empty(N, dtype=rows.accumulation_dtype(dtype), device="meta")
-            for family in FAMILIES:
-                family(x, torch.empty_like(x), row, torch.empty(N, dtype=dtype, device="meta"))
+        for case, launch_kernels in cases:  # noqa: B007
+            launch_kernels()
     finally:
         JITFunction.run = run
-    yield from launches
+    return launches
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -186,10 +204,10 @@ def resources(cubin: bytes) -> dict[str, int]:
     }
 
 
-def compile_launch(target_name: str, launch: tuple) -> dict[str, Any]:
+def compile_launch(target_name: str, files: Collection[str], launch: tuple) -> dict[str, Any]:
     name, types, constants, alignments, num_warps, case = launch
     target = TARGETS[target_name]
-    source = ASTSource(kernels()[name], types, constants, alignments)
+    source = ASTSource(kernels(files)[name], types, constants, alignments)
     compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
     report = {"kernel": name, "case": case, "launched": True, "num_warps": num_warps}
     if target.backend == "cuda":
@@ -197,14 +215,15 @@ def compile_launch(target_name: str, launch: tuple) -> dict[str, Any]:
     return report | {"bytes": len(compiled.asm["hsaco"])}
 
 
-def main(target: str) -> None:
-    launches = list(recorded_launches(target))
-    for name in kernels().keys() - {launch[0] for launch in launches}:
+def main(target: str, files: Collection[str], cases: Iterable[tuple[str, Callable[[], None]]]) -> None:
+    launches = recorded_launches(files, cases)
+    for name in kernels(files).keys() - {launch[0] for launch in launches}:
         print(json.dumps({"kernel": name, "launched": False}))
     with ProcessPoolExecutor(2) as pool:
-        for report in pool.map(compile_launch, [target] * len(launches), launches, chunksize=4):
+        for report in pool.map(functools.partial(compile_launch, target, files), launches, chunksize=4):
             print(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    every = {module.name for module in pkgutil.iter_modules(rds_fast.kernels.__path__)}
+    main(sys.argv[1], sorted(every - ELSEWHERE), row_cases(sys.argv[1]))
