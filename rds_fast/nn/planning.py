@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any, cast
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -102,9 +103,9 @@ class Plan:
     def _class_of_caller(self, module: nn.Module, ends_in_batch_norm: bool) -> type[nn.Module]:
         found = self.outcomes[module]
         fuses = any(isinstance(outcome, Fusion) for outcomes in found for outcome in outcomes.values())
-        original = original_class(module)
+        original: Any = original_class(module)
         if not fuses and not ends_in_batch_norm:
-            return original
+            return cast(type[nn.Module], original)
         variants = []
         for ((training, arguments), graph), outcomes in zip(self.graphs[module].items(), found, strict=True):
             rewrite(graph, outcomes, ends_in_batch_norm)
