@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
-from rds_fast.ops.costs import COSTS, Cost
+from rds_fast.ops.costs import Cost, cost
 
 aten = torch.ops.aten
 
@@ -65,11 +65,11 @@ BATCH_NORM: dict[Any, Cost] = {
 def cost_of(operation: Any, arguments: Mapping[str, Any]) -> Cost:
     """The launches of one call and its passes over each tensor, where they are not one each."""
     if operation.namespace == "rds_fast":
-        return COSTS.get(operation._schema.name.removeprefix("rds_fast::"), Cost())
-    cost = BATCH_NORM.get(operation.overloadpacket)
-    if cost is _STATISTICS and not (arguments.get("training", True) or arguments.get("train", False)):
+        return cost(operation._schema.name.removeprefix("rds_fast::"), arguments)
+    declared = BATCH_NORM.get(operation.overloadpacket)
+    if declared is _STATISTICS and not (arguments.get("training", True) or arguments.get("train", False)):
         return Cost()  # the running statistics are at hand
-    return cost or Cost()
+    return declared or Cost()
 
 
 def size_in_bytes(tensor: Tensor) -> int:
@@ -104,7 +104,7 @@ def named_arguments(operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, 
 
 def moved_bytes(operation: Any, arguments: Mapping[str, Any], results: Any) -> int:
     """The bytes that one call reads and writes."""
-    cost = cost_of(operation, arguments)
+    passes_of = cost_of(operation, arguments)
     reads: dict[tuple[Any, ...], int] = {}
     writes: dict[tuple[Any, ...], int] = {}
     for argument in operation._schema.arguments:
@@ -112,7 +112,7 @@ def moved_bytes(operation: Any, arguments: Mapping[str, Any], results: Any) -> i
         read = not (written and (argument.kwarg_only or operation.overloadpacket in WRITE_ONLY))
         for tensor in _tensors(arguments.get(argument.name)):
             if read:
-                passes = cost.reads.get(argument.name, 1)
+                passes = passes_of.reads.get(argument.name, 1)
                 reads[_same(tensor)] = max(reads.get(_same(tensor), 0), passes * size_in_bytes(tensor))
             if written:
                 writes[_same(tensor)] = size_in_bytes(tensor)
@@ -120,7 +120,7 @@ def moved_bytes(operation: Any, arguments: Mapping[str, Any], results: Any) -> i
     fresh = 0
     for number, result in enumerate(tree_leaves(results)):
         if isinstance(result, Tensor) and _storage(result) not in known:
-            fresh += cost.writes.get(number, 1) * size_in_bytes(result)
+            fresh += passes_of.writes.get(number, 1) * size_in_bytes(result)
     return sum(reads.values()) + sum(writes.values()) + fresh
 
 
@@ -160,6 +160,16 @@ def total(counts: Iterable[Count]) -> Count:
     return Count(*map(sum, zip(Count(), *counts, strict=True)))
 
 
+def _as_on_a_device(operation: Any, args: tuple[Any, ...], results: Any) -> Any:
+    """The input gradient of a convolution comes in the input's memory format; the meta function forgets it.
+
+    It would then be copied into that format, which no device does.
+    """
+    if operation is not aten.convolution_backward.default or results[0] is None or not results[0].is_meta:
+        return results
+    return torch.empty_like(args[1]), *results[1:]
+
+
 class Traffic(TorchDispatchMode):
     """Counts the operations inside its ``with`` block and watches the storages that they create.
 
@@ -173,7 +183,7 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        results = operation(*args, **kwargs)
+        results = _as_on_a_device(operation, args, operation(*args, **kwargs))
         arguments = named_arguments(operation, args, kwargs)
         self._watch(arguments, results)
         if not runs_nothing(operation, arguments, results):

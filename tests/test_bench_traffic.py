@@ -14,7 +14,7 @@ from bench.counting import Count, Traffic
 from bench.one_graph import loss_of_parameters
 from bench.steps import LOSSES, Case, penalized
 from bench.traffic import CASES, DEVICES, META, count_case, count_step
-from rds_fast.ops.costs import COSTS, Cost
+from rds_fast.ops.costs import COSTS, Cost, cost
 
 # Operations that the table names before they exist; each leaves the list when it is registered.
 AWAITED = {"batch_norm", "batch_norm_backward", "batch_norm_double_backward"}
@@ -216,9 +216,12 @@ def test_the_table_names_operations_and_their_arguments(name: str) -> None:
     if name in AWAITED and not hasattr(torch.ops.rds_fast, name):
         pytest.skip(f"rds_fast::{name} is not registered yet")
     schema = getattr(torch.ops.rds_fast, name).default._schema
-    assert COSTS[name].reads.keys() <= {argument.name for argument in schema.arguments}
-    assert all(number in range(len(schema.returns)) for number in COSTS[name].writes)
-    assert COSTS[name].launches >= 1
+    arguments = [argument.name for argument in schema.arguments]
+    for given in (None, object()):  # for costs that depend on which tensors are given
+        declared = cost(name, dict.fromkeys(arguments, given))
+        assert declared.reads.keys() <= set(arguments)
+        assert all(number in range(len(schema.returns)) for number in declared.writes)
+        assert declared.launches >= 1
 
 
 def test_the_step_as_one_graph_has_the_gradient_of_the_penalised_step() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any, cast
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -103,15 +102,16 @@ class Plan:
     def _class_of_caller(self, module: nn.Module, ends_in_batch_norm: bool) -> type[nn.Module]:
         found = self.outcomes[module]
         fuses = any(isinstance(outcome, Fusion) for outcomes in found for outcome in outcomes.values())
-        original: Any = original_class(module)
+        original = original_class(module)
         if not fuses and not ends_in_batch_norm:
-            return cast(type[nn.Module], original)
+            return original
         variants = []
         for ((training, arguments), graph), outcomes in zip(self.graphs[module].items(), found, strict=True):
             rewrite(graph, outcomes, ends_in_batch_norm)
             variants.append(variant(graph, training, arguments))
         arity = len(argument_names(module))
-        return fused_class(original, Blueprint(tuple(variants), arity, len(module._modules), ends_in_batch_norm))
+        blueprint = Blueprint(tuple(variants), arity, len(module._modules), ends_in_batch_norm)
+        return fused_class(original, blueprint)  # type: ignore[arg-type]  # mypy thinks that a class has no hash
 
 
 def why_not_plain(module: _BatchNorm) -> str | None:

@@ -15,9 +15,12 @@ u the cotangent of y, u' = m u, and P(t) = t − mean(t) − x̂ mean(t x̂):
 
 In eval mode mean and r are constants: P drops out, dγ = r Σ u' v and dx = a r u' alone.
 
-The mask is not stored: it is recomputed from x or, where a residual was added, read off y. The forward returns an
-alias of x, which the backward works on: so dx, from the double backward, comes back to the forward's own node together
-with the cotangent of y, and the kernel adds it there.
+The mask is not stored: it is recomputed from x or, where a residual was added, read off y.
+
+The kernels also do sums that autograd's engine would else do in passes of its own. The forward returns an alias of x,
+which the backward works on: so dx, from the double backward, comes back to the forward's own node together with the
+cotangent of y, and is added there. And where a residual block's result goes two ways, into the next block and past it,
+the two get different aliases of y, and the two cotangents meet in the kernel.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from torch.nn import functional
 
 from ..backends import select_for_layer
 from ..reference import accumulation_dtype
+from .aliases import offer_alias, take_alias
 from .recompute import attach
 from .registration import derivative, register, third_derivative
 
@@ -60,16 +64,17 @@ _inference = register(
 )
 
 
-def _backward_fake(u: Tensor, x: Tensor, y: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
+def _backward_fake(u: Tensor, other_u: Any, x: Tensor, y: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
     gresidual = x.new_empty(0) if y is None else torch.empty_like(x)
     return torch.empty_like(x), _statistics_like(x), _statistics_like(x), gresidual
 
 
-# y is given where a residual was added before the ReLU. gresidual has no elements where it is not.
+# y is given where a residual was added before the ReLU; then the cotangent of y may come in two parts, u and other_u.
+# gresidual has no elements where y is not given.
 _backward = register(
     "batch_norm",
-    "batch_norm_backward(Tensor u, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
-    "Tensor? x_cotangent, bool training, float eps, bool relu, str backend) "
+    "batch_norm_backward(Tensor u, Tensor? other_u, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, "
+    "Tensor var, Tensor? x_cotangent, bool training, float eps, bool relu, str backend) "
     "-> (Tensor gx, Tensor gweight, Tensor gbias, Tensor gresidual)",
     _backward_fake,
     row_wise=False,
@@ -106,7 +111,7 @@ _input_gradient = register(
 
 
 class BatchNorm(Function):
-    """x (N, C, ...) to y, and to what the backward needs: an alias of x, mean (C,) and var (C,)."""
+    """x (N, C, ...) to y, an alias of y, and what the backward needs: an alias of x, mean (C,) and var (C,)."""
 
     @staticmethod
     def forward(
@@ -129,12 +134,12 @@ class BatchNorm(Function):
             assert running_var is not None
             y = _inference(x, running_mean, running_var, weight, bias, residual, eps, relu, backend)
             mean, var = running_mean.detach(), running_var.detach()
-        return y, x.detach(), mean, var
+        return y, y.detach(), x.detach(), mean, var
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         weight, bias, residual = inputs[1:4]
-        y, x, mean, var = output
+        y, _, x, mean, var = output
         *_, ctx.training, _, ctx.eps, ctx.relu, ctx.backend = inputs
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
@@ -142,17 +147,23 @@ class BatchNorm(Function):
         ctx.save_for_backward(x, mask_source, weight, bias, mean, var)
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor | None, x_cotangent: Tensor | None, *_: Any) -> Any:
+    def backward(ctx: Any, u: Tensor | None, other_u: Tensor | None, x_cotangent: Tensor | None, *_: Any) -> Any:
         rest = (None,) * 7
+        if u is None:
+            u, other_u = other_u, None
         if u is None:
             return x_cotangent, None, None, None, *rest
         x, y, weight, bias, mean, var = ctx.saved_tensors
+        if other_u is not None and y is None:
+            u, other_u = u + other_u, None
         u = laid_out_like(u, x)
+        if other_u is not None:
+            other_u = laid_out_like(other_u, x)
         if x_cotangent is not None:
             x_cotangent = laid_out_like(x_cotangent, x)
         gx, gweight, gbias, gresidual = derivative(
             BatchNormBackward,
-            *(u, x, y, weight, bias, mean, var, x_cotangent, ctx.training, ctx.eps, ctx.relu, ctx.backend),
+            *(u, other_u, x, y, weight, bias, mean, var, x_cotangent, ctx.training, ctx.eps, ctx.relu, ctx.backend),
         )
         if torch.is_grad_enabled() and x_cotangent is None:
             masked = u if y is None else gresidual
@@ -174,6 +185,7 @@ class BatchNormBackward(Function):
     @staticmethod
     def forward(
         u: Tensor,
+        other_u: Tensor | None,
         x: Tensor,
         y: Tensor | None,
         weight: Tensor | None,
@@ -186,11 +198,11 @@ class BatchNormBackward(Function):
         relu: bool,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        return _backward(u, x, y, weight, bias, mean, var, x_cotangent, training, eps, relu, backend)
+        return _backward(u, other_u, x, y, weight, bias, mean, var, x_cotangent, training, eps, relu, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        u, x, y, weight, bias, mean, var, _, *ctx.options = inputs
+        u, _, x, y, weight, bias, mean, var, _, *ctx.options = inputs
         gresidual = output[3]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(u if y is None else gresidual, x, y, weight, bias, mean, var)
@@ -201,20 +213,21 @@ class BatchNormBackward(Function):
     ) -> Any:
         rest = (None,) * 4
         if all(cotangent is None for cotangent in (v, vweight, vbias, vresidual)):
-            return *(None,) * 8, *rest
+            return *(None,) * 9, *rest
         saved = ctx.saved_tensors
         v, vresidual = (None if t is None else laid_out_like(t, saved[1]) for t in (v, vresidual))
         du, dx, dweight = derivative(BatchNormDoubleBackward, v, vweight, vbias, vresidual, *saved, *ctx.options)
         needs = ctx.needs_input_grad
         return (
             du,
+            du if needs[1] else None,
             dx if dx.numel() else None,
             None,
-            dweight if needs[3] else None,
+            dweight if needs[4] else None,
             None,
             None,
             None,
-            v if needs[7] else None,
+            v if needs[8] else None,
             *rest,
         )
 
@@ -252,7 +265,9 @@ def _gradient_again(
     """gx from u, masked already unless the mask is that of a ReLU without residual."""
     if not torch.is_grad_enabled():
         return _input_gradient(u, x, weight, bias, mean, var, gweight, gbias, training, eps, relu, backend)
-    return derivative(BatchNormBackward, u, x, None, weight, bias, mean, var, None, training, eps, relu, backend)[0]
+    return derivative(BatchNormBackward, u, None, x, None, weight, bias, mean, var, None, training, eps, relu, backend)[
+        0
+    ]
 
 
 def _output_again(
@@ -340,13 +355,15 @@ def batch_norm(
     statistics = [None if t is None else t.to(accumulated).contiguous() for t in (running_mean, running_var)]
     weight, bias = (None if t is None else t.to(accumulated).contiguous() for t in (weight, bias))
     if residual is not None:
-        residual = laid_out_like(residual, x)
-    y, x_alias, mean, var = BatchNorm.apply(
+        residual = laid_out_like(take_alias(residual), x)
+    y, y_alias, x_alias, mean, var = BatchNorm.apply(
         x, weight, bias, residual, *statistics, training, momentum, eps, relu, backend
     )
     if y.requires_grad and residual is None:
         rebuild = functools.partial(_output_again, training, eps, relu, backend)
         attach(y, rebuild, x_alias, weight, bias, mean, var, like=0)
+    if y.requires_grad and residual is not None and relu:
+        offer_alias(y, y_alias)
     if training:
         for own, updated in zip((running_mean, running_var), statistics, strict=True):
             if own is not None and updated is not None and own is not updated:

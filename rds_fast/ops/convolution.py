@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..backends import select_for_layer
+from .aliases import take_alias
 from .engine import is_wanted, queryable
 from .logsumexp import autocast_enabled
 from .recompute import Saved, save
@@ -218,7 +219,7 @@ def _apply(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometr
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = _cast(input, dtype), _cast(weight, dtype)
         bias = None if bias is None else _cast(bias, dtype)
-    input, weight, bias = queryable(input), queryable(weight), queryable(bias)
+    input, weight, bias = queryable(take_alias(input)), queryable(weight), queryable(bias)
     if input.dim() == weight.dim():
         return Convolution.apply(input, weight, bias, geometry)
     return Convolution.apply(input.unsqueeze(0), weight, bias, geometry).squeeze(0)

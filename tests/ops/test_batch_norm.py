@@ -195,8 +195,8 @@ def raw_calls() -> list[tuple[Any, tuple[Any, ...]]]:
         (operation._forward, (x, weight, bias, None, None, None, 0.1, 1e-5, True, "native")),
         (operation._forward, (x, None, None, u, mean.clone(), var.clone(), 0.1, 1e-5, False, "native")),
         (operation._inference, (x, mean, var, weight, None, u, 1e-5, True, "native")),
-        (operation._backward, (u, x, y, weight, bias, mean, var, None, True, 1e-5, True, "native")),
-        (operation._backward, (u, x, None, None, bias, mean, var, v, False, 1e-5, True, "native")),
+        (operation._backward, (u, v, x, y, weight, bias, mean, var, None, True, 1e-5, True, "native")),
+        (operation._backward, (u, None, x, None, None, bias, mean, var, v, False, 1e-5, True, "native")),
         (
             operation._double_backward,
             (v, weight, bias, v, u, x, y, weight, bias, mean, var, True, 1e-5, True, "native"),
