@@ -136,10 +136,14 @@ class FusedForward(nn.Module):
 
     def _generated(self, args: tuple[Any, ...]) -> Callable[..., Any] | None:
         """The forward that was traced under what holds now; None where there is none."""
-        if len(args) != self.blueprint.arity or len(self._modules) != self.blueprint.children:
+        if len(args) != self.blueprint.arity or self.is_outdated():
             return None
         kinds = {Tensor if isinstance(argument, Tensor) else type(argument) for argument in args}
         return self.functions.get((self.training, kinds.pop())) if len(kinds) == 1 else None
+
+    def is_outdated(self) -> bool:
+        """Whether submodules were added or removed since the trace. Those that were replaced are looked up by name."""
+        return len(self._modules) != self.blueprint.children
 
     def __setattr__(self, name: str, value: Any) -> None:
         outdated = _may_steer(self, name)
@@ -167,7 +171,7 @@ def _may_steer(module: FusedForward, name: str) -> bool:
 
     A new attribute is not one that it reads: compilers and wrappers leave their marks on the modules that they meet.
     """
-    return hasattr(module, name) and name not in _INTERNAL and not hasattr(nn.Module, name)
+    return name not in _INTERNAL and not hasattr(nn.Module, name) and hasattr(module, name)
 
 
 def _reconstruct(construct: Callable[..., Any], original: type, blueprint: Blueprint, *arguments: Any) -> Any:

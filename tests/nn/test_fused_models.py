@@ -124,6 +124,7 @@ def test_a_sequential_may_grow_and_shrink_after_it_was_fused() -> None:
     for model in (plain, fused):
         model.append(nn.Tanh())
     torch.testing.assert_close(fused(X), plain(X))
+    assert not is_fused(fused)
     torch.testing.assert_close(fused[:2](X), plain[:2](X))
     for model in (plain, fused):
         del model[1]
@@ -147,6 +148,13 @@ def test_functional_calls_and_transforms(calls) -> None:
     assert len(calls) == 9
     each = torch.func.vmap(lambda x: fused(x[None])[0])(X)
     torch.testing.assert_close(each, plain(X))
+
+
+def test_autocast_gives_the_same_dtypes() -> None:
+    plain = small_resnet()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, actual = plain(X), fuse(plain)(X)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_fusing_inside_fast_double_backward_and_using_it_there() -> None:
