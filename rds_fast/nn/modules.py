@@ -23,11 +23,11 @@ from ..ops.batch_norm import batch_norm
 
 
 class Epilogue(NamedTuple):
-    """What follows a batch norm: ``+ residual`` (in place or not), then ReLU; either may be missing."""
+    """What follows a batch norm: ``+ residual``, in place or not, then ReLU, a module or True; each may be missing."""
 
     residual: Tensor | None = None
     in_place: bool = False
-    relu: bool = False
+    relu: nn.Module | bool = False
 
     def apply(self, output: Any) -> Any:
         """The plain composition."""
@@ -35,6 +35,8 @@ class Epilogue(NamedTuple):
             output += self.residual  # as the model had it: the sum has output's shape and dtype, or it is an error
         elif self.residual is not None:
             output = output + self.residual
+        if isinstance(self.relu, nn.Module):
+            return self.relu(output)  # in place or not: whoever holds output sees it
         return torch.relu(output) if self.relu else output
 
 
@@ -69,7 +71,7 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             self._share_of_the_batch(),
             self.eps,
             residual=epilogue.residual,
-            relu=epilogue.relu,
+            relu=epilogue.relu is not False,
         )
 
     def _share_of_the_batch(self) -> float:
@@ -272,4 +274,4 @@ def with_epilogue(
     """``module(*args)``, ``+ residual`` unless it is None, then ``relu``: a module, or whether there is one."""
     if isinstance(relu, nn.Module) and (type(relu) is not nn.ReLU or is_watched(relu)):
         return relu(finish(module, None if residual is None else Epilogue(residual, in_place), *args))
-    return finish(module, Epilogue(residual, in_place, relu is not False), *args)
+    return finish(module, Epilogue(residual, in_place, relu), *args)

@@ -6,9 +6,9 @@ block and the way past it, meet in a kernel. Whether it is so has a part that a 
 - traced: the caller uses the value once, as the one argument of the receiver; the giver's forward returns what an
   operation with a fused ReLU computed and does nothing else with it; the receiver's forward hands its argument to
   modules and additions only, and does not return it. That a forward keeps nothing in an attribute, its trace shows.
-- looked up in every call: that these forwards will be the ones that run, and that no module through which the value
-  goes has hooks or a forward set on the instance. Such a module is of this package, a torch.nn.Sequential or one of the
-  layers below: no others are known to keep nothing.
+- looked up in every call: that these forwards are the ones that run (not so under global hooks), and that no module
+  through which the value goes has hooks or a forward set on the instance. Such a module is of this package, a
+  torch.nn.Sequential or one of the layers below: no others are known to keep nothing.
 
 Dispatch modes of PyTorch also see all values. They are taken not to ask for gradients.
 """
@@ -25,7 +25,7 @@ from torch.utils._device import DeviceContext
 
 from ..double_backward import fast_double_backward
 from ..ops.aliases import has_alias, permit
-from .modules import FUSED, FusedForward, finish, global_hooks, is_watched, with_epilogue
+from .modules import FUSED, FusedForward, finish, is_watched, with_epilogue
 
 # Layers whose result is never their argument itself.
 _LAYERS = frozenset(
@@ -44,7 +44,7 @@ def hand_over(value: Any, giver: nn.Module, receiver: nn.Module) -> Any:
     """``value``, which ``giver`` returned and ``receiver`` gets: generated code calls this in between."""
     if torch.compiler.is_compiling() or not has_alias(value):
         return value
-    if not global_hooks() and _modes_are_known() and _gives(giver) and _receives(receiver, value):
+    if _modes_are_known() and _gives(giver) and _receives(receiver, value):
         permit(value)
     return value
 

@@ -29,9 +29,9 @@ def offer_alias(tensor: Tensor, alias: Tensor) -> None:
     setattr(tensor, _ATTRIBUTE, _Offer(alias, tensor._version))
 
 
-def has_alias(tensor: object) -> bool:
-    """Whether an alias is on offer, permitted or not."""
-    return hasattr(tensor, _ATTRIBUTE)
+def has_alias(value: object) -> bool:
+    """Whether an alias is on offer, permitted or not, on what may be anything."""
+    return isinstance(value, Tensor) and hasattr(value, _ATTRIBUTE)
 
 
 def permit(tensor: Tensor) -> None:
@@ -41,10 +41,10 @@ def permit(tensor: Tensor) -> None:
         setattr(tensor, _ATTRIBUTE, offer._replace(permitted=True))
 
 
-def withdraw_alias(tensor: object) -> None:
-    """End the offer, if there is one."""
-    if has_alias(tensor):
-        delattr(tensor, _ATTRIBUTE)
+def withdraw_alias(value: object) -> None:
+    """End the offer, if there is one, on what may be anything."""
+    if has_alias(value):
+        delattr(value, _ATTRIBUTE)
 
 
 def take_alias(tensor: Tensor) -> Tensor:
