@@ -59,6 +59,14 @@ def _is_generated(module: nn.Module) -> TypeGuard[FusedForward]:
     return "blueprint" in vars(type(module))
 
 
+def _submodule(module: Any, path: str) -> nn.Module:
+    """As ``get_submodule``, whose checks take longer than all the rest here."""
+    for name in path.split("."):
+        module = module._modules[name]
+    found: nn.Module = module
+    return found
+
+
 def _gives(module: nn.Module) -> bool:
     """Whether what the module returned is held by nobody else, provided that it is an alias's tensor.
 
@@ -70,11 +78,11 @@ def _gives(module: nn.Module) -> bool:
     if type(module) is nn.ReLU:
         return True
     if type(module) is nn.Sequential:
-        return len(module) > 0 and _gives(module[-1])
+        return len(module) > 0 and _gives(next(reversed(module._modules.values())))
     if not _is_generated(module) or module.is_outdated():
         return False
     result = module.blueprint.result
-    return result is not None and (result == "" or _gives(module.get_submodule(result)))
+    return result is not None and (result == "" or _gives(_submodule(module, result)))
 
 
 def _receives(module: nn.Module, value: Tensor) -> bool:
@@ -84,11 +92,11 @@ def _receives(module: nn.Module, value: Tensor) -> bool:
     if type(module) in _LAYERS:
         return True
     if type(module) is nn.Sequential:
-        return len(module) > 0 and _receives(module[0], value)
+        return len(module) > 0 and _receives(next(iter(module._modules.values())), value)
     if not _is_generated(module) or module._generated((value,)) is None:
         return False
     receivers = module.blueprint.receivers
-    return receivers is not None and all(_receives(module.get_submodule(name), value) for name in receivers)
+    return receivers is not None and all(_receives(_submodule(module, name), value) for name in receivers)
 
 
 # What a trace shows of this, once the graph is rewritten.
