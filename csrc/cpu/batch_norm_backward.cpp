@@ -126,9 +126,7 @@ struct DoubleBackward {
 
   // The shift of a channel is the mean of its first few values.
   void prepare(const Strip& strip) const {
-    Tile first = layout.tile(strip, 0);
-    first.last_row = least(first.last_row, planar ? 1 : 4);
-    first.end = least(first.end, planar ? 64 : kStripColumns);
+    const Tile first = layout.sample(layout.tile(strip, 0));
     const double count = double(layout.values_of_channel(strip, first));
     for (int64_t c = 0; c < strip.channels; ++c) {
       table.at(kShiftU, strip.first_channel + c) = table.at(kShiftV, strip.first_channel + c) = 0;
