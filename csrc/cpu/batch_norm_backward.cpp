@@ -15,10 +15,13 @@
 namespace rds_fast::cpu::RDS_FAST_CAPABILITY {
 namespace {
 
+// In training mode u' is summed less a shift near its mean, or the rounding of d, which is alike where x is, would add
+// up in Σ u' d.
 template <typename T, bool planar>
 struct Backward {
   enum { kOfU, kOfUD, kOfD, kPartials };
-  enum { kMeanU = kCommon, kGxOfD, kGxConstant, kRows };
+  enum { kShiftU = kCommon, kReduceRows };
+  enum { kMeanU = kShiftU, kGxOfD, kGxConstant, kRows };
   const Layout& layout;
   const Table<T, kRows>& table;
   const Parameters<T> parameters;
@@ -28,20 +31,32 @@ struct Backward {
   T *gx, *gresidual;
   Acc<T>*gweight, *gbias;
 
-  void prepare(const Strip&) const {}
+  // The shift of a channel is the mean of its first few values; 0 in eval mode, where nothing cancels.
+  void prepare(const Strip& strip) const {
+    for (int64_t c = 0; c < strip.channels; ++c) table.at(kShiftU, strip.first_channel + c) = 0;
+    if (!training) return;
+    const Tile first = layout.sample(layout.tile(strip, 0));
+    const double count = double(layout.values_of_channel(strip, first));
+    double sums[kPartials * (planar ? 1 : kStripColumns)];
+    reduce(strip, first, sums);
+    for (int64_t c = 0; c < strip.channels; ++c) {
+      table.at(kShiftU, strip.first_channel + c) = Acc<T>(sums[kOfU * strip.channels + c] / count);
+    }
+  }
   RDS_FAST_OUTLINED void reduce(const Strip& strip, const Tile& tile, double* partials) const {
-    const auto coefficient = table.template of<planar, kCommon>(layout, strip);
+    const auto coefficient = table.template of<planar, kReduceRows>(layout, strip);
     Sums<T, kPartials, planar> sums(strip);
     if (!training) {
-      write_rows(strip, tile, coefficient, [&](auto at, Vec<T> masked_u, Vec<T> centred) {
-        add(sums, at, 0, masked_u, centred);
+      write_rows(strip, tile, coefficient, [&](auto at, Vec<T> masked_u, Vec<T> d) {
+        add(sums, at, 0, masked_u, d);
         return masked_u * coefficient(kScale, at);
       });
     } else {
       layout.for_rows(strip, tile, [&](int64_t offset, int64_t begin, int64_t end) {
         for_vectors<T>(begin, end, [&](auto at, int k) {
-          const Vec<T> centred = at(x + offset, Acc<T>(0)) - coefficient(kMean, at);
-          add(sums, at, k, masked(mask, at(u + offset, Acc<T>(0)), centred, coefficient, y, offset, at), centred);
+          const Vec<T> d = at(x + offset, Acc<T>(0)) - coefficient(kMean, at);
+          const Vec<T> masked_u = masked(mask, at(u + offset, Acc<T>(0)), d, coefficient, y, offset, at);
+          add(sums, at, k, masked_u - coefficient(kShiftU, at), d);
         });
       });
     }
@@ -52,31 +67,32 @@ struct Backward {
   }
   void finish(int64_t channel, const double* total) const {
     const double r = parameters.rstd_of(channel), count = double(layout.values);
+    const double total_u = total[kOfU] + count * double(table.at(kShiftU, channel));
     // The mean is rounded, so mean(d) is not quite 0: u' and d are centred by what their means are.
     const double mean_d = training ? total[kOfD] / count : 0.0;
     const double product = total[kOfUD] - total[kOfU] * mean_d;
     const double of_d = -parameters.weight_of(channel) * r * r * r * product / count;
-    gbias[channel] = Acc<T>(total[kOfU]);
+    gbias[channel] = Acc<T>(total_u);
     gweight[channel] = Acc<T>(r * product);
-    table.at(kMeanU, channel) = Acc<T>(total[kOfU] / count);
+    table.at(kMeanU, channel) = Acc<T>(total_u / count);
     table.at(kGxOfD, channel) = Acc<T>(of_d);
     table.at(kGxConstant, channel) = Acc<T>(-of_d * mean_d);
   }
   RDS_FAST_OUTLINED void write(const Strip& strip, const Tile& tile) const {
     if (!training) return;
     const auto coefficient = table.template of<planar>(layout, strip);
-    write_rows(strip, tile, coefficient, [&](auto at, Vec<T> masked_u, Vec<T> centred) {
+    write_rows(strip, tile, coefficient, [&](auto at, Vec<T> masked_u, Vec<T> d) {
       const Vec<T> p = masked_u - coefficient(kMeanU, at);
-      return p * coefficient(kScale, at) + (centred * coefficient(kGxOfD, at) + coefficient(kGxConstant, at));
+      return p * coefficient(kScale, at) + (d * coefficient(kGxOfD, at) + coefficient(kGxConstant, at));
     });
   }
 
  private:
   template <typename Total, typename At>
-  RDS_FAST_INLINE void add(Total& sums, At at, int k, Vec<T> masked_u, Vec<T> centred) const {
-    sums.add(kOfU, at, k, masked_u);
-    sums.add(kOfUD, at, k, inside(at, masked_u * centred));
-    sums.add(kOfD, at, k, inside(at, centred));
+  RDS_FAST_INLINE void add(Total& sums, At at, int k, Vec<T> p, Vec<T> d) const {
+    sums.add(kOfU, at, k, inside(at, p));
+    sums.add(kOfUD, at, k, inside(at, p * d));
+    sums.add(kOfD, at, k, inside(at, d));
   }
   // gx = value(at, u', d) + x_cotangent, and gresidual = u'.
   template <typename Table, typename Value>
@@ -86,9 +102,9 @@ struct Backward {
     T* const outputs[] = {gx, gresidual};
     layout.for_rows(strip, tile, [&](int64_t offset, int64_t begin, int64_t end) {
       write_outputs(outputs, offset, begin, end, streamed, [&](auto at, Vec<T>(&values)[2]) {
-        const Vec<T> centred = at(x + offset, Acc<T>(0)) - coefficient(kMean, at);
-        values[1] = masked(mask, at(u + offset, Acc<T>(0)), centred, coefficient, y, offset, at);
-        values[0] = value(at, values[1], centred) + optional_at(x_cotangent, offset, at);
+        const Vec<T> d = at(x + offset, Acc<T>(0)) - coefficient(kMean, at);
+        values[1] = masked(mask, at(u + offset, Acc<T>(0)), d, coefficient, y, offset, at);
+        values[0] = value(at, values[1], d) + optional_at(x_cotangent, offset, at);
       });
     });
   }
