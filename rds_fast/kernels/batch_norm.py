@@ -28,6 +28,7 @@ from .channels import (
     plan,
     tl_affine,
     tl_channel,
+    tl_channel_count,
     tl_channel_sum,
     tl_channels,
     tl_load,
@@ -49,6 +50,7 @@ def _statistics_kernel(
     ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Each split's mean, M₂ and number of values."""
+    C = tl_channel_count(C, ALIGN, BLOCK_S)
     first = tl.program_id(1)
     offsets, mask = tl_tile(first, N, C, S, ALIGN, BLOCK_N, BLOCK_C, BLOCK_S)
     shift = tl_channel_sum(tl_load(x_ptr, offsets, mask, ACC)) / tl_tile_count(first, N, S, ACC, BLOCK_N, BLOCK_S)
@@ -107,6 +109,7 @@ def _forward_kernel(
     RELU: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    C = tl_channel_count(C, ALIGN, BLOCK_S)
     mean = tl_channel(mean_ptr, C, 0.0, ACC, BLOCK_C)
     scale = tl_scale(var_ptr, weight_ptr, eps_high, eps_low, C, ACC, BLOCK_C)
     bias = tl_channel(bias_ptr, C, 0.0, ACC, BLOCK_C)

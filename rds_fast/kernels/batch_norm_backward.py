@@ -21,6 +21,7 @@ from .channels import (
     channel_kernel,
     plan,
     tl_channel,
+    tl_channel_count,
     tl_channel_sum,
     tl_channels,
     tl_load,
@@ -53,6 +54,7 @@ def _backward_sums_kernel(
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Each split's parts of Σ u' and Σ u' d; and gx in eval mode, where gx_ptr is given."""
+    C = tl_channel_count(C, ALIGN, BLOCK_S)
     mean = tl_channel(mean_ptr, C, 0.0, ACC, BLOCK_C)
     scale = tl_scale(var_ptr, weight_ptr, eps_high, eps_low, C, ACC, BLOCK_C)
     bias = tl_channel(bias_ptr, C, 0.0, ACC, BLOCK_C)
@@ -100,6 +102,7 @@ def _backward_kernel(
     RELU: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    C = tl_channel_count(C, ALIGN, BLOCK_S)
     mean = tl_channel(mean_ptr, C, 0.0, ACC, BLOCK_C)
     scale = tl_scale(var_ptr, weight_ptr, eps_high, eps_low, C, ACC, BLOCK_C)
     bias = tl_channel(bias_ptr, C, 0.0, ACC, BLOCK_C)

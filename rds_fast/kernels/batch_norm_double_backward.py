@@ -8,7 +8,9 @@ means over a channel of M values:
 
 The pass that writes has them as
 
-    du = m (γr v + B d + D + c),   dx = E d + F u' + G v + H
+    du = m (γr v + B d + D + c),   dx = B u' + G v + E d + H
+    G = −γ r² cᵤ,   B = a r − γ r² cᵥ,   D = b − γ r mean(v)
+    E = −r (γ r² cᵤᵥ + B cᵤ + G cᵥ),   H = −B mean(u') − G mean(v)
 
 whose coefficients come from the five sums. In eval mode du = m (γ r v + a x̂ + b + c), dγ = r Σ u' v and dx = a r u', so
 one pass sums and writes.
@@ -27,6 +29,7 @@ from .channels import (
     channel_kernel,
     plan,
     tl_channel,
+    tl_channel_count,
     tl_channel_sum,
     tl_channels,
     tl_load,
@@ -49,6 +52,7 @@ def _double_backward_sums_kernel(
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Each split's parts of Σ u', Σ u' d, Σ v, Σ v d and Σ u' v. MASK: u is not masked yet."""
+    C = tl_channel_count(C, ALIGN, BLOCK_S)
     mean = tl_channel(mean_ptr, C, 0.0, ACC, BLOCK_C)
     scale = tl_scale(var_ptr, weight_ptr, eps_high, eps_low, C, ACC, BLOCK_C)
     bias = tl_channel(bias_ptr, C, 0.0, ACC, BLOCK_C)
@@ -83,7 +87,7 @@ def _double_backward_merge_kernel(
     M, C, splits,
     ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dγ, and the coefficients B, D, E, F, G, H."""
+    """dγ, and the coefficients B, D, E, G and H."""
     channels = tl_channels(BLOCK_C)
     mask = channels < C
     r = tl_rstd(var_ptr, eps_high, eps_low, C, ACC, BLOCK_C)
@@ -97,15 +101,14 @@ def _double_backward_merge_kernel(
     cuv = tl_total(partial_ptr, 4, C, splits, BLOCK_P, BLOCK_C) / count - mean_u * mean_v - cu * cv
     tl.store(dweight_ptr + channels, r * count * cuv, mask=mask)
     k = scale * r
-    F = a - k * cv
+    B = a - k * cv
     G = -k * cu
     coefficients_ptr += channels
-    tl.store(coefficients_ptr, r * a - k * cv, mask=mask)
+    tl.store(coefficients_ptr, B, mask=mask)
     tl.store(coefficients_ptr + C, tl_channel(vbias_ptr, C, 0.0, ACC, BLOCK_C) - scale * mean_v, mask=mask)
-    tl.store(coefficients_ptr + 2 * C, r * (-k * cuv - F * cu - G * cv), mask=mask)
-    tl.store(coefficients_ptr + 3 * C, F, mask=mask)
-    tl.store(coefficients_ptr + 4 * C, G, mask=mask)
-    tl.store(coefficients_ptr + 5 * C, -F * mean_u - G * mean_v, mask=mask)
+    tl.store(coefficients_ptr + 2 * C, -r * (k * cuv + B * cu + G * cv), mask=mask)
+    tl.store(coefficients_ptr + 3 * C, G, mask=mask)
+    tl.store(coefficients_ptr + 4 * C, -B * mean_u - G * mean_v, mask=mask)
 
 
 @channel_kernel
@@ -115,15 +118,15 @@ def _double_backward_kernel(
     RELU: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    C = tl_channel_count(C, ALIGN, BLOCK_S)
     mean = tl_channel(mean_ptr, C, 0.0, ACC, BLOCK_C)
     scale = tl_scale(var_ptr, weight_ptr, eps_high, eps_low, C, ACC, BLOCK_C)
     bias = tl_channel(bias_ptr, C, 0.0, ACC, BLOCK_C)
     B = tl_channel(coefficients_ptr, C, 0.0, ACC, BLOCK_C)[None, :, None]
     D = tl_channel(coefficients_ptr + C, C, 0.0, ACC, BLOCK_C)[None, :, None]
     E = tl_channel(coefficients_ptr + 2 * C, C, 0.0, ACC, BLOCK_C)[None, :, None]
-    F = tl_channel(coefficients_ptr + 3 * C, C, 0.0, ACC, BLOCK_C)[None, :, None]
-    G = tl_channel(coefficients_ptr + 4 * C, C, 0.0, ACC, BLOCK_C)[None, :, None]
-    H = tl_channel(coefficients_ptr + 5 * C, C, 0.0, ACC, BLOCK_C)[None, :, None]
+    G = tl_channel(coefficients_ptr + 3 * C, C, 0.0, ACC, BLOCK_C)[None, :, None]
+    H = tl_channel(coefficients_ptr + 4 * C, C, 0.0, ACC, BLOCK_C)[None, :, None]
     for index in range(tl.program_id(1), blocks, tl.num_programs(1)):
         offsets, mask = tl_tile(blocks - 1 - index, N, C, S, ALIGN, BLOCK_N, BLOCK_C, BLOCK_S)
         v = tl_load(v_ptr, offsets, mask, ACC)
@@ -138,7 +141,7 @@ def _double_backward_kernel(
             u = tl.where(relu_mask, u, 0.0)
             du = tl.where(relu_mask, du, 0.0)
         tl_store(du_ptr, offsets, mask, du)
-        tl_store(dx_ptr, offsets, mask, F * u + G * v + (E * d + H))
+        tl_store(dx_ptr, offsets, mask, B * u + G * v + (E * d + H))
 
 
 @channel_kernel
@@ -149,6 +152,7 @@ def _eval_double_backward_kernel(
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """du and, if a is given, dx; and each split's part of Σ u' v."""
+    C = tl_channel_count(C, ALIGN, BLOCK_S)
     mean = tl_channel(mean_ptr, C, 0.0, ACC, BLOCK_C)
     scale = tl_scale(var_ptr, weight_ptr, eps_high, eps_low, C, ACC, BLOCK_C)
     bias = tl_channel(bias_ptr, C, 0.0, ACC, BLOCK_C)
@@ -216,7 +220,7 @@ def batch_norm_double_backward(
     merge_options = {"ACC": accumulator(x)} | launch.merge_options
     with torch.cuda.device_of(x):
         if training:
-            coefficients = mean.new_empty((6, launch.C))
+            coefficients = mean.new_empty((5, launch.C))
             _double_backward_sums_kernel[launch.sum_grid](
                 v, u, x, *affine, partial, *sizes, launch.splits, MASK=relu and y is None, **options
             )

@@ -145,6 +145,15 @@ channel_kernel = functools.partial(
 
 
 @triton.jit
+def tl_channel_count(C, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr):
+    """C, in a form that shows its alignment where channels are the contiguous dimension."""
+    if BLOCK_S == 1:
+        return tl_aligned(C, ALIGN)
+    else:
+        return C
+
+
+@triton.jit
 def tl_channels(BLOCK_C: tl.constexpr):
     """This program's channels."""
     return tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -195,7 +204,6 @@ def tl_tile(
     """Offsets, in 64 bits, and mask of a tile."""
     channels = tl_channels(BLOCK_C)[None, :, None]
     if BLOCK_S == 1:
-        C = tl_aligned(C, ALIGN)
         samples = (tl.cast(block, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]
         return samples * C + channels, (samples < N) & (channels < C)
     else:

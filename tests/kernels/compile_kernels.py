@@ -114,7 +114,10 @@ def signature(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[dict, dic
     alignments: dict[tuple[int], list] = {}
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if isinstance(value, torch.Tensor):
+        if value is None:
+            types[parameter.name] = "constexpr"
+            constants[parameter.name] = None
+        elif isinstance(value, torch.Tensor):
             types[parameter.name] = _TYPES[value.dtype]
             alignments[(index,)] = [["tt.divisibility", 16]]
         elif parameter.is_constexpr or (value == 1 and isinstance(value, int) and not parameter.do_not_specialize):
