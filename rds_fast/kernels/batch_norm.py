@@ -31,6 +31,7 @@ from .channels import (
     tl_channel_count,
     tl_channel_sum,
     tl_channels,
+    tl_fold,
     tl_load,
     tl_partials,
     tl_scale,
@@ -47,27 +48,29 @@ __all__ = ["batch_norm", "batch_norm_backward", "batch_norm_double_backward", "b
 @channel_kernel
 def _statistics_kernel(
     x_ptr, partial_ptr, N, C, S, blocks, splits,
-    ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    FOLD: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Each split's mean, M₂ and number of values."""
     C = tl_channel_count(C, ALIGN, BLOCK_S)
     first = tl.program_id(1)
     offsets, mask = tl_tile(first, N, C, S, ALIGN, BLOCK_N, BLOCK_C, BLOCK_S)
-    shift = tl_channel_sum(tl_load(x_ptr, offsets, mask, ACC)) / tl_tile_count(first, N, S, ACC, BLOCK_N, BLOCK_S)
-    total = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), ACC)
-    squares = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), ACC)
-    count = tl.zeros((1,), ACC)
-    for block in tl.range(first, blocks, splits, loop_unroll_factor=4):  # four loads in flight
+    shift = tl_channel_sum(tl_load(x_ptr, offsets, mask, ACC)) / tl_tile_count(first, N, S, BLOCK_N, BLOCK_S).to(ACC)
+    total = tl.zeros((BLOCK_N // FOLD, BLOCK_C, BLOCK_S), ACC)
+    squares = tl.zeros((BLOCK_N // FOLD, BLOCK_C, BLOCK_S), ACC)
+    count = tl_tile_count(first, N, S, BLOCK_N, BLOCK_S) * 0
+    for block in range(first, blocks, splits):
         offsets, mask = tl_tile(block, N, C, S, ALIGN, BLOCK_N, BLOCK_C, BLOCK_S)
         d = tl.where(mask, tl_load(x_ptr, offsets, mask, ACC) - shift[None, :, None], 0.0)
-        total += d
-        squares += d * d
-        count += tl_tile_count(block, N, S, ACC, BLOCK_N, BLOCK_S)
+        total += tl_fold(d, FOLD)
+        squares += tl_fold(d * d, FOLD)
+        count += tl_tile_count(block, N, S, BLOCK_N, BLOCK_S)
+    count = tl.full((BLOCK_C,), 0.0, ACC) + count.to(ACC)
     d = tl_channel_sum(total)
     squared_deviations = tl_channel_sum(squares) - d * (d / count)
     tl_store_partial(partial_ptr, 0, shift + d / count, C, splits, BLOCK_C)
     tl_store_partial(partial_ptr, 1, tl.where(squared_deviations < 0, 0.0, squared_deviations), C, splits, BLOCK_C)
-    tl_store_partial(partial_ptr, 2, tl.broadcast_to(count, (BLOCK_C,)), C, splits, BLOCK_C)
+    tl_store_partial(partial_ptr, 2, count, C, splits, BLOCK_C)
 
 
 @triton.jit
@@ -135,13 +138,13 @@ def batch_norm(
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and mean and biased variance of each channel over the batch; updates the running statistics."""
-    launch = plan(x)
+    launch = plan(x, fold=4)
     accumulated = accumulation_dtype(x.dtype)
     mean, var = (x.new_empty(launch.C, dtype=accumulated) for _ in range(2))
     partial = x.new_empty((3, launch.splits, launch.C), dtype=accumulated)
     with torch.cuda.device_of(x):
         _statistics_kernel[launch.sum_grid](
-            x, partial, *launch.sizes, launch.splits, ACC=accumulator(x), **launch.options
+            x, partial, *launch.sizes, launch.splits, ACC=accumulator(x), **launch.sum_options
         )
         _merge_kernel[launch.merge_grid](
             partial, mean, var, running_mean, running_var, *float_pair(momentum), launch.M, launch.C, launch.splits,

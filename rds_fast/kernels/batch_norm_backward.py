@@ -24,6 +24,7 @@ from .channels import (
     tl_channel_count,
     tl_channel_sum,
     tl_channels,
+    tl_fold,
     tl_load,
     tl_relu_mask,
     tl_rstd,
@@ -50,24 +51,24 @@ def tl_store_gradients(gx, u, gx_ptr, gresidual_ptr, x_cotangent_ptr, offsets, m
 def _backward_sums_kernel(
     u_ptr, x_ptr, y_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, x_cotangent_ptr, partial_ptr, gx_ptr, gresidual_ptr,
     eps_high, eps_low, N, C, S, blocks, splits,
-    RELU: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    RELU: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Each split's parts of Σ u' and Σ u' d; and gx in eval mode, where gx_ptr is given."""
     C = tl_channel_count(C, ALIGN, BLOCK_S)
     mean = tl_channel(mean_ptr, C, 0.0, ACC, BLOCK_C)
     scale = tl_scale(var_ptr, weight_ptr, eps_high, eps_low, C, ACC, BLOCK_C)
     bias = tl_channel(bias_ptr, C, 0.0, ACC, BLOCK_C)
-    sum_u = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), ACC)
-    sum_ud = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), ACC)
-    for block in tl.range(tl.program_id(1), blocks, splits, loop_unroll_factor=2):
+    sum_u = tl.zeros((BLOCK_N // FOLD, BLOCK_C, BLOCK_S), ACC)
+    sum_ud = tl.zeros((BLOCK_N // FOLD, BLOCK_C, BLOCK_S), ACC)
+    for block in range(tl.program_id(1), blocks, splits):
         offsets, mask = tl_tile(block, N, C, S, ALIGN, BLOCK_N, BLOCK_C, BLOCK_S)
         u = tl_load(u_ptr, offsets, mask, ACC)
         x = tl_load(x_ptr, offsets, mask, ACC)
         if RELU:
             u = tl.where(tl_relu_mask(x, y_ptr, offsets, mask, mean, scale, bias, ACC), u, 0.0)
-        sum_u += u
-        sum_ud += u * (x - mean[None, :, None])
+        sum_u += tl_fold(u, FOLD)
+        sum_ud += tl_fold(u * (x - mean[None, :, None]), FOLD)
         if gx_ptr is not None:
             gx = scale[None, :, None] * u
             tl_store_gradients(gx, u, gx_ptr, gresidual_ptr, x_cotangent_ptr, offsets, mask, ACC)
@@ -132,24 +133,26 @@ def batch_norm_backward(
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """gx + x_cotangent, gγ, gβ, and u' if y is given."""
-    launch = plan(x)
+    sums, write = plan(x, fold=2), plan(x)
     gx, gweight, gbias = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
     gresidual = None if y is None else torch.empty_like(x)
-    partial = mean.new_empty((2, launch.splits, launch.C))
-    coefficients = mean.new_empty((2, launch.C)) if training else None
+    partial = mean.new_empty((2, sums.splits, sums.C))
+    coefficients = mean.new_empty((2, sums.C)) if training else None
     inputs = (u, x, y, weight, bias, mean, var, x_cotangent)
     results = (gx, gresidual)
     epsilon = float_pair(eps)
-    options = {"RELU": relu, "ACC": accumulator(x)} | launch.options
+    acc = accumulator(x)
     with torch.cuda.device_of(x):
-        _backward_sums_kernel[launch.sum_grid](
-            *inputs, partial, *((None, None) if training else results), *epsilon, *launch.sizes, launch.splits,
-            **options,
+        _backward_sums_kernel[sums.sum_grid](
+            *inputs, partial, *((None, None) if training else results), *epsilon, *sums.sizes, sums.splits,
+            RELU=relu, ACC=acc, **sums.sum_options,
         )  # fmt: skip
-        _backward_merge_kernel[launch.merge_grid](
-            partial, weight, var, gweight, gbias, coefficients, *epsilon, launch.M, launch.C, launch.splits,
-            ACC=accumulator(x), **launch.merge_options,
+        _backward_merge_kernel[sums.merge_grid](
+            partial, weight, var, gweight, gbias, coefficients, *epsilon, sums.M, sums.C, sums.splits,
+            ACC=acc, **sums.merge_options,
         )  # fmt: skip
         if training:
-            _backward_kernel[launch.write_grid](*inputs, coefficients, *results, *epsilon, *launch.sizes, **options)
+            _backward_kernel[write.write_grid](
+                *inputs, coefficients, *results, *epsilon, *write.sizes, RELU=relu, ACC=acc, **write.options
+            )
     return gx, gweight, gbias, x.new_empty(0) if gresidual is None else gresidual

@@ -32,6 +32,7 @@ from .channels import (
     tl_channel_count,
     tl_channel_sum,
     tl_channels,
+    tl_fold,
     tl_load,
     tl_relu_mask,
     tl_rstd,
@@ -48,20 +49,20 @@ from .rows import accumulator, float_pair
 def _double_backward_sums_kernel(
     v_ptr, u_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, partial_ptr, eps_high, eps_low,
     N, C, S, blocks, splits,
-    MASK: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    MASK: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Each split's parts of Σ u', Σ u' d, Σ v, Σ v d and Σ u' v. MASK: u is not masked yet."""
     C = tl_channel_count(C, ALIGN, BLOCK_S)
     mean = tl_channel(mean_ptr, C, 0.0, ACC, BLOCK_C)
     scale = tl_scale(var_ptr, weight_ptr, eps_high, eps_low, C, ACC, BLOCK_C)
     bias = tl_channel(bias_ptr, C, 0.0, ACC, BLOCK_C)
-    sum_u = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), ACC)
-    sum_ud = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), ACC)
-    sum_v = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), ACC)
-    sum_vd = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), ACC)
-    sum_uv = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), ACC)
-    for block in tl.range(tl.program_id(1), blocks, splits, loop_unroll_factor=2):
+    sum_u = tl.zeros((BLOCK_N // FOLD, BLOCK_C, BLOCK_S), ACC)
+    sum_ud = tl.zeros((BLOCK_N // FOLD, BLOCK_C, BLOCK_S), ACC)
+    sum_v = tl.zeros((BLOCK_N // FOLD, BLOCK_C, BLOCK_S), ACC)
+    sum_vd = tl.zeros((BLOCK_N // FOLD, BLOCK_C, BLOCK_S), ACC)
+    sum_uv = tl.zeros((BLOCK_N // FOLD, BLOCK_C, BLOCK_S), ACC)
+    for block in range(tl.program_id(1), blocks, splits):
         offsets, mask = tl_tile(block, N, C, S, ALIGN, BLOCK_N, BLOCK_C, BLOCK_S)
         v = tl_load(v_ptr, offsets, mask, ACC)
         u = tl_load(u_ptr, offsets, mask, ACC)
@@ -69,11 +70,11 @@ def _double_backward_sums_kernel(
         if MASK:
             u = tl.where(tl_relu_mask(x, None, offsets, mask, mean, scale, bias, ACC), u, 0.0)
         d = x - mean[None, :, None]
-        sum_u += u
-        sum_ud += u * d
-        sum_v += v
-        sum_vd += v * d
-        sum_uv += u * v
+        sum_u += tl_fold(u, FOLD)
+        sum_ud += tl_fold(u * d, FOLD)
+        sum_v += tl_fold(v, FOLD)
+        sum_vd += tl_fold(v * d, FOLD)
+        sum_uv += tl_fold(u * v, FOLD)
     tl_store_partial(partial_ptr, 0, tl_channel_sum(sum_u), C, splits, BLOCK_C)
     tl_store_partial(partial_ptr, 1, tl_channel_sum(sum_ud), C, splits, BLOCK_C)
     tl_store_partial(partial_ptr, 2, tl_channel_sum(sum_v), C, splits, BLOCK_C)
@@ -209,33 +210,34 @@ def batch_norm_double_backward(
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """du, dx and dγ; dx has no elements in eval mode without vweight."""
-    launch = plan(x)
     du, dweight = torch.empty_like(x), torch.empty_like(mean)
     dx = torch.empty_like(x) if training or vweight is not None else None
-    partial = mean.new_empty((5 if training else 1, launch.splits, launch.C))
     affine = (weight, bias, mean, var)
-    sizes = (*float_pair(eps), *launch.sizes)
-    merge_sizes = (*float_pair(eps), launch.M, launch.C, launch.splits)
-    options = {"ACC": accumulator(x)} | launch.options
-    merge_options = {"ACC": accumulator(x)} | launch.merge_options
+    epsilon = float_pair(eps)
+    acc = accumulator(x)
+    sums, write = plan(x, fold=2 if training else 1), plan(x)
+    partial = mean.new_empty((5 if training else 1, sums.splits, sums.C))
     with torch.cuda.device_of(x):
         if training:
-            coefficients = mean.new_empty((5, launch.C))
-            _double_backward_sums_kernel[launch.sum_grid](
-                v, u, x, *affine, partial, *sizes, launch.splits, MASK=relu and y is None, **options
-            )
-            _double_backward_merge_kernel[launch.merge_grid](
-                partial, vweight, vbias, weight, var, dweight, coefficients, *merge_sizes, **merge_options
-            )
-            _double_backward_kernel[launch.write_grid](
-                v, vresidual, u, x, y, *affine, coefficients, du, dx, *sizes, RELU=relu, **options
-            )
-        else:
-            _eval_double_backward_kernel[launch.sum_grid](
-                v, vweight, vbias, vresidual, u, x, y, *affine, partial, du, dx, *sizes, launch.splits, RELU=relu,
-                **options,
+            coefficients = mean.new_empty((5, sums.C))
+            _double_backward_sums_kernel[sums.sum_grid](
+                v, u, x, *affine, partial, *epsilon, *sums.sizes, sums.splits,
+                MASK=relu and y is None, ACC=acc, **sums.sum_options,
             )  # fmt: skip
-            _eval_double_backward_merge_kernel[launch.merge_grid](
-                partial, var, dweight, *float_pair(eps), launch.C, launch.splits, **merge_options
+            _double_backward_merge_kernel[sums.merge_grid](
+                partial, vweight, vbias, weight, var, dweight, coefficients, *epsilon, sums.M, sums.C, sums.splits,
+                ACC=acc, **sums.merge_options,
+            )  # fmt: skip
+            _double_backward_kernel[write.write_grid](
+                v, vresidual, u, x, y, *affine, coefficients, du, dx, *epsilon, *write.sizes,
+                RELU=relu, ACC=acc, **write.options,
+            )  # fmt: skip
+        else:
+            _eval_double_backward_kernel[sums.sum_grid](
+                v, vweight, vbias, vresidual, u, x, y, *affine, partial, du, dx, *epsilon, *sums.sizes, sums.splits,
+                RELU=relu, ACC=acc, **sums.options,
+            )  # fmt: skip
+            _eval_double_backward_merge_kernel[sums.merge_grid](
+                partial, var, dweight, *epsilon, sums.C, sums.splits, ACC=acc, **sums.merge_options
             )
     return du, x.new_empty(0) if dx is None else dx, dweight

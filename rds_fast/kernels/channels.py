@@ -18,9 +18,9 @@ BLOCK_S positions, and ``block`` counts the tiles of a block of channels. An ope
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 
 import triton
 import triton.language as tl
@@ -28,16 +28,17 @@ from torch import Tensor
 
 from .rows import tl_aligned, tl_float
 
-# 1024 elements a tile are 8 a thread: a 16-byte load of a 16-bit type. Sums of 5 kinds, kept for each element, are then
-# 40 registers of the 128 that let four such programs run on a multiprocessor.
-_TILE = 1024
+# 1024 elements a tile are 8 a thread, one 16-byte load of a 16-bit type. A launch that sums takes several such parts at
+# once, for that many loads in flight, and adds them up before they go to the sums, which then need 8 registers each.
+_PART = 1024
 _NUM_WARPS = 4
 
 # At 64 channels a row of a tile is a whole cache line of a 16-bit type.
 _RUN = 64
 
-# Programs of a launch that sums: four on each multiprocessor of an H200 (132), so none waits for another to end. A
-# constant, so that the order of summation, and with it the last bit, does not depend on the device.
+# Programs of a launch that sums: with up to 128 registers a thread, four run at a time on each multiprocessor of an
+# H200 (132), so none waits for another to end. A constant, so that the order of summation, and with it the last bit,
+# does not depend on the device.
 _PROGRAMS = 512
 
 # Programs of a launch that only writes: enough to even out their ends, few enough that what a program reads of its
@@ -47,8 +48,9 @@ _WRITE_PROGRAMS = 4096
 _MERGE_TILE = 4096  # partial values of one sum in a program of the second launch
 
 
-class Launch(NamedTuple):
-    """How an operation on one tensor is launched."""
+@dataclass(frozen=True)
+class Launch:
+    """How a pass over a tensor is launched."""
 
     N: int
     C: int
@@ -56,6 +58,7 @@ class Launch(NamedTuple):
     BLOCK_N: int
     BLOCK_C: int
     BLOCK_S: int
+    fold: int  # parts of a tile
     align: int  # a power of two, at most 16, that divides every distance between runs of contiguous values
 
     @property
@@ -63,28 +66,31 @@ class Launch(NamedTuple):
         """The values of a channel."""
         return self.N * self.S
 
-    @property
+    @cached_property
     def channel_blocks(self) -> int:
         return triton.cdiv(self.C, self.BLOCK_C)
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """Tiles of a block of channels."""
         return triton.cdiv(self.N, self.BLOCK_N) * triton.cdiv(self.S, self.BLOCK_S)
 
-    @property
+    def _programs(self, most: int) -> int:
+        return min(self.blocks, max(1, most // self.channel_blocks))
+
+    @cached_property
     def splits(self) -> int:
-        return min(self.blocks, max(1, _PROGRAMS // self.channel_blocks))
+        return self._programs(_PROGRAMS)
 
     @property
     def sum_grid(self) -> tuple[int, int]:
         return self.channel_blocks, self.splits
 
-    @property
+    @cached_property
     def write_grid(self) -> tuple[int, int]:
-        return self.channel_blocks, min(self.blocks, max(1, _WRITE_PROGRAMS // self.channel_blocks))
+        return self.channel_blocks, self._programs(_WRITE_PROGRAMS)
 
-    @property
+    @cached_property
     def merge_options(self) -> dict[str, int]:
         block_p = max(16, triton.next_power_of_2(self.splits))
         return {"BLOCK_P": block_p, "BLOCK_C": max(1, _MERGE_TILE // block_p), "num_warps": 8}
@@ -98,7 +104,7 @@ class Launch(NamedTuple):
         """The arguments that every kernel over tiles takes."""
         return self.N, self.C, self.S, self.blocks
 
-    @property
+    @cached_property
     def options(self) -> dict[str, int]:
         """The compile-time arguments that every kernel over tiles takes."""
         return {
@@ -109,19 +115,30 @@ class Launch(NamedTuple):
             "num_warps": _NUM_WARPS,
         }
 
+    @cached_property
+    def sum_options(self) -> dict[str, int]:
+        return self.options | {"FOLD": self.fold}
 
-def plan(x: Tensor) -> Launch:
-    """The launch for ``x`` (N, C, …), contiguous or channels-last."""
+
+def plan(x: Tensor, fold: int = 1) -> Launch:
+    """The launch for ``x`` (N, C, …), contiguous or channels-last, in tiles of ``fold`` parts."""
     N, C = x.shape[:2]
     S = math.prod(x.shape[2:])
-    if S == 1 or x.stride(1) == 1:
-        block_c = min(_RUN, triton.next_power_of_2(C))
-        return Launch(N * S, C, 1, _TILE // block_c, block_c, 1, math.gcd(16, C))
-    block_c, block_s = _plane_tile(N, C, S)
-    return Launch(N, C, S, _TILE // (block_c * block_s), block_c, block_s, math.gcd(16, S))
+    return _plan(N * S, C, 1, fold) if S == 1 or x.stride(1) == 1 else _plan(N, C, S, fold)
 
 
-def _plane_tile(N: int, C: int, S: int) -> tuple[int, int]:
+@lru_cache(maxsize=4096)
+def _plan(N: int, C: int, S: int, fold: int) -> Launch:
+    fold = min(fold, triton.next_power_of_2(N))
+    if S == 1:
+        block_c, block_s = min(_RUN, triton.next_power_of_2(C)), 1
+    else:
+        block_c, block_s = _plane_tile(N, C, S, fold)
+    block_n = _PART * fold // (block_c * block_s)
+    return Launch(N, C, S, block_n, block_c, block_s, fold, math.gcd(16, C if S == 1 else S))
+
+
+def _plane_tile(N: int, C: int, S: int, fold: int) -> tuple[int, int]:
     """BLOCK_C and BLOCK_S of contiguous planes.
 
     Small planes: several channels together make a run of contiguous values. Large planes: the run that leaves fewest
@@ -132,16 +149,14 @@ def _plane_tile(N: int, C: int, S: int) -> tuple[int, int]:
         return min(_RUN // block_s, triton.next_power_of_2(C)), block_s
 
     def lanes(block_s: int) -> int:
-        block_n = _TILE // block_s
+        block_n = _PART * fold // block_s
         return triton.cdiv(N, block_n) * block_n * triton.cdiv(S, block_s) * block_s
 
     return 1, min((1024, 512, 256, 128, 64), key=lanes)
 
 
 # Sizes change from call to call; ALIGN says what the compiler may know of them.
-channel_kernel = functools.partial(
-    triton.jit, do_not_specialize=("N", "C", "S", "M", "blocks", "splits", "eps_high", "eps_low")
-)
+channel_kernel = partial(triton.jit, do_not_specialize=("N", "C", "S", "M", "blocks", "splits", "eps_high", "eps_low"))
 
 
 @triton.jit
@@ -197,32 +212,47 @@ def tl_relu_mask(x, y_ptr, offsets, mask, mean, scale, bias, ACC: tl.constexpr):
 
 
 @triton.jit
+def tl_samples_left(block, N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Number of the first sample of a tile, and the number of its samples."""
+    first = tl.cast(block // ((S + BLOCK_S - 1) // BLOCK_S) if BLOCK_S > 1 else block, tl.int64) * BLOCK_N
+    return first, tl.minimum(N - first, BLOCK_N).to(tl.int32)
+
+
+@triton.jit
+def tl_positions_left(block, S, BLOCK_S: tl.constexpr):
+    """Number of the first position of a tile, and the number of its positions."""
+    first = block % ((S + BLOCK_S - 1) // BLOCK_S) * BLOCK_S
+    return first, tl.minimum(S - first, BLOCK_S).to(tl.int32)
+
+
+@triton.jit
 def tl_tile(
     block, N, C, S,
     ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Offsets, in 64 bits, and mask of a tile."""
+    """Offsets, in 64 bits, and mask of a tile: what depends on the block is scalar, and the rest leaves the loop."""
     channels = tl_channels(BLOCK_C)[None, :, None]
+    samples = tl.arange(0, BLOCK_N)[:, None, None]
+    first_sample, samples_left = tl_samples_left(block, N, S, BLOCK_N, BLOCK_S)
+    mask = (samples < samples_left) & (channels < C)
     if BLOCK_S == 1:
-        samples = (tl.cast(block, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]
-        return samples * C + channels, (samples < N) & (channels < C)
+        return first_sample * C + (samples.to(tl.int64) * C + channels), mask
     else:
         S = tl_aligned(S, ALIGN)
-        s_blocks = (S + BLOCK_S - 1) // BLOCK_S
-        samples = (tl.cast(block // s_blocks, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]
-        positions = (block % s_blocks * BLOCK_S + tl.arange(0, BLOCK_S))[None, None, :]
-        return (samples * C + channels) * S + positions, (samples < N) & (channels < C) & (positions < S)
+        positions = tl.arange(0, BLOCK_S)[None, None, :]
+        first_position, positions_left = tl_positions_left(block, S, BLOCK_S)
+        offsets = (samples.to(tl.int64) * C + channels) * S + positions
+        return first_sample * C * S + first_position + offsets, mask & (positions < positions_left)
 
 
 @triton.jit
-def tl_tile_count(block, N, S, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
+def tl_tile_count(block, N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
     """Values of a channel in a tile."""
-    if BLOCK_S == 1:
-        return tl.minimum(N - tl.cast(block, tl.int64) * BLOCK_N, BLOCK_N).to(ACC)
-    else:
-        s_blocks = (S + BLOCK_S - 1) // BLOCK_S
-        samples = tl.minimum(N - block // s_blocks * BLOCK_N, BLOCK_N)
-        return (samples * tl.minimum(S - block % s_blocks * BLOCK_S, BLOCK_S)).to(ACC)
+    _, count = tl_samples_left(block, N, S, BLOCK_N, BLOCK_S)
+    if BLOCK_S > 1:
+        _, positions = tl_positions_left(block, S, BLOCK_S)
+        count *= positions
+    return count
 
 
 @triton.jit
@@ -243,6 +273,13 @@ def tl_store(ptr, offsets, mask, value):
 def tl_channel_sum(tile):
     """The sum of a tile over its samples and positions."""
     return tl.sum(tl.sum(tile, 2), 0)
+
+
+@triton.jit
+def tl_fold(tile, FOLD: tl.constexpr):
+    """The sum of the FOLD parts of a tile: a thread has its elements of all parts."""
+    BLOCK_N: tl.constexpr = tile.shape[0] // FOLD
+    return tl.sum(tl.reshape(tile, (FOLD, BLOCK_N, tile.shape[1], tile.shape[2])), 0)
 
 
 @triton.jit
