@@ -51,7 +51,7 @@ def _statistics_kernel(
     FOLD: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Each split's mean, M₂ and number of values."""
+    """Each split's mean, as k and its difference to k, M₂ and number of values."""
     C = tl_channel_count(C, ALIGN, BLOCK_S)
     first = tl.program_id(1)
     offsets, mask = tl_tile(first, N, C, S, ALIGN, BLOCK_N, BLOCK_C, BLOCK_S)
@@ -68,9 +68,10 @@ def _statistics_kernel(
     count = tl.full((BLOCK_C,), 0.0, ACC) + count.to(ACC)
     d = tl_channel_sum(total)
     squared_deviations = tl_channel_sum(squares) - d * (d / count)
-    tl_store_partial(partial_ptr, 0, shift + d / count, C, splits, BLOCK_C)
-    tl_store_partial(partial_ptr, 1, tl.where(squared_deviations < 0, 0.0, squared_deviations), C, splits, BLOCK_C)
-    tl_store_partial(partial_ptr, 2, count, C, splits, BLOCK_C)
+    tl_store_partial(partial_ptr, 0, shift, C, splits, BLOCK_C)
+    tl_store_partial(partial_ptr, 1, d / count, C, splits, BLOCK_C)
+    tl_store_partial(partial_ptr, 2, tl.where(squared_deviations < 0, 0.0, squared_deviations), C, splits, BLOCK_C)
+    tl_store_partial(partial_ptr, 3, count, C, splits, BLOCK_C)
 
 
 @triton.jit
@@ -89,14 +90,15 @@ def _merge_kernel(
     """The statistics of channels from those of their splits, and the running ones."""
     channels = tl_channels(BLOCK_C)
     mask = channels < C
-    # Means are merged as differences to the first one: it is not their common size that their rounding then depends on.
+    # Means are merged as differences to the first k: a sum of k and a small difference would round away the latter.
     reference = tl.load(partial_ptr + channels, mask=mask, other=0.0)
-    counts = tl_partials(partial_ptr, 2, C, splits, BLOCK_P, BLOCK_C)
-    means = tl_partials(partial_ptr, 0, C, splits, BLOCK_P, BLOCK_C) - reference[None, :]
+    shifts = tl_partials(partial_ptr, 0, C, splits, BLOCK_P, BLOCK_C) - reference[None, :]
+    means = shifts + tl_partials(partial_ptr, 1, C, splits, BLOCK_P, BLOCK_C)
+    counts = tl_partials(partial_ptr, 3, C, splits, BLOCK_P, BLOCK_C)
     count = M.to(ACC)
     mean = tl.sum(counts * means, 0) / count
     deviations = means - mean[None, :]
-    squares = tl_partials(partial_ptr, 1, C, splits, BLOCK_P, BLOCK_C) + counts * (deviations * deviations)
+    squares = tl_partials(partial_ptr, 2, C, splits, BLOCK_P, BLOCK_C) + counts * (deviations * deviations)
     mean += reference
     var = tl.sum(squares, 0) / count
     tl.store(mean_ptr + channels, mean, mask=mask)
@@ -141,7 +143,7 @@ def batch_norm(
     launch = plan(x, fold=4)
     accumulated = accumulation_dtype(x.dtype)
     mean, var = (x.new_empty(launch.C, dtype=accumulated) for _ in range(2))
-    partial = x.new_empty((3, launch.splits, launch.C), dtype=accumulated)
+    partial = x.new_empty((4, launch.splits, launch.C), dtype=accumulated)
     with torch.cuda.device_of(x):
         _statistics_kernel[launch.sum_grid](
             x, partial, *launch.sizes, launch.splits, ACC=accumulator(x), **launch.sum_options

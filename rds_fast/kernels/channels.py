@@ -121,21 +121,27 @@ class Launch:
 
 
 def plan(x: Tensor, fold: int = 1) -> Launch:
-    """The launch for ``x`` (N, C, …), contiguous or channels-last, in tiles of ``fold`` parts."""
+    """The launch for ``x`` (N, C, …), contiguous or channels-last.
+
+    ``fold``: the parts of a tile for a 16-bit type. Wider types have as many bytes in flight with fewer.
+    """
     N, C = x.shape[:2]
     S = math.prod(x.shape[2:])
+    fold = max(1, 2 * fold // x.itemsize)
     return _plan(N * S, C, 1, fold) if S == 1 or x.stride(1) == 1 else _plan(N, C, S, fold)
 
 
 @lru_cache(maxsize=4096)
 def _plan(N: int, C: int, S: int, fold: int) -> Launch:
+    align = math.gcd(16, C if S == 1 else S)
+    if align == 1:  # every element has its own address, which takes registers
+        fold = max(1, fold // 2)
     fold = min(fold, triton.next_power_of_2(N))
     if S == 1:
         block_c, block_s = min(_RUN, triton.next_power_of_2(C)), 1
     else:
         block_c, block_s = _plane_tile(N, C, S, fold)
-    block_n = _PART * fold // (block_c * block_s)
-    return Launch(N, C, S, block_n, block_c, block_s, fold, math.gcd(16, C if S == 1 else S))
+    return Launch(N, C, S, _PART * fold // (block_c * block_s), block_c, block_s, fold, align)
 
 
 def _plane_tile(N: int, C: int, S: int, fold: int) -> tuple[int, int]:

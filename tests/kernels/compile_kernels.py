@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import rds_fast.kernels
-from rds_fast.kernels import cross_entropy, gradient_norm, logsumexp, rows
+from rds_fast.kernels import batch_norm, cross_entropy, gradient_norm, logsumexp, rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -93,6 +93,33 @@ def launch_gradient_norm(x: torch.Tensor, v: torch.Tensor, row: torch.Tensor, g:
         gradient_norm.gradient_norm_double_backward(v, g, x, saved, p, power)
 
 
+# Of ResNet-50 at batch 256: the first layers, the last; of ResNet-18 at 32²; an odd number of channels, and planes that
+# no vector load divides, whose masks cost registers; the smallest planes, several channels a run.
+LAYERS = [(256, 64, 56, 56), (256, 2048, 7, 7), (1024, 512, 4, 4), (64, 97, 5, 5)]
+MAIN_LAYER = LAYERS[0]
+
+
+def layers(target: str) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """The layers compiled for a target: every one for sm_90, where the kernels are measured first."""
+    if target == "sm_90":
+        cases = [(shape, torch.bfloat16) for shape in LAYERS]
+        return [*cases, (MAIN_LAYER, torch.float32), (MAIN_LAYER, torch.float64)]
+    return [(MAIN_LAYER, torch.bfloat16), (MAIN_LAYER, torch.float32)]
+
+
+def launch_batch_norm(x: torch.Tensor) -> None:
+    """Bare, with a ReLU, and with a residual and a ReLU, both in train mode; and eval mode, with all tensors."""
+    c = x.new_empty(x.shape[1], dtype=rows.accumulation_dtype(x.dtype))
+    y = torch.empty_like(x)
+    for residual, relu in ((None, False), (None, True), (y, True)):
+        source = y if residual is not None else None
+        batch_norm.batch_norm(x, c, c, residual, c, c, 0.1, 1e-5, relu)
+        batch_norm.batch_norm_backward(x, x, source, c, c, c, c, x, True, 1e-5, relu)
+        batch_norm.batch_norm_double_backward(x, c, c, residual, x, x, source, c, c, c, c, True, 1e-5, relu)
+    batch_norm.batch_norm_backward(x, x, y, c, c, c, c, x, False, 1e-5, True)
+    batch_norm.batch_norm_double_backward(x, c, c, y, x, x, y, c, c, c, c, False, 1e-5, True)
+
+
 FAMILIES: tuple[Callable[..., None], ...] = (launch_logsumexp, launch_cross_entropy, launch_gradient_norm)
 
 
@@ -151,6 +178,10 @@ def recorded_launches(target: str) -> Iterator[tuple[str, dict, dict, dict, int,
             row = torch.empty(N, dtype=rows.accumulation_dtype(x), device="meta")
             for family in FAMILIES:
                 family(x, torch.empty_like(x), row, torch.empty(N, dtype=dtype, device="meta"))
+        for shape, dtype in layers(target):
+            for memory_format in (torch.channels_last, torch.contiguous_format):
+                case = f"{shape} {memory_format} {dtype}".replace("torch.", "")
+                launch_batch_norm(torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format))
     finally:
         JITFunction.run = run
     yield from launches

@@ -1,4 +1,4 @@
-"""Runs ``interpreter_cases.py`` in a process of its own, where Triton's interpreter takes the compiler's place."""
+"""Runs the cases in processes of their own, where Triton's interpreter takes the compiler's place."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("file", ["interpreter_cases.py", "batch_norm_cases.py"])
+def test_kernels_in_the_interpreter(file: str) -> None:
     pytest.importorskip("triton")
-    cases = Path(__file__).with_name("interpreter_cases.py")
+    cases = Path(__file__).with_name(file)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", str(cases)]
     # numpy warns of log 0 and inf − inf, which are meant, where a GPU does not
     command += ["-W", "ignore::RuntimeWarning"]
