@@ -12,7 +12,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name 
 help:
 	@echo 'make demo    train on real digits and show what the penalty does (sets up .venv first)'
 	@echo 'make test    run the tests (sets up .venv first)'
-	@echo 'make bench   measure the kernels on this machine, append to bench/results'
+	@echo 'make bench   measure kernels and steps on this machine, append to bench/results'
 	@echo 'make gpu     build, test and measure on the GPU with the Python at hand; installs nothing'
 	@echo 'make lint    ruff, mypy, clang-format'
 	@echo 'make clean   remove what was built, the virtual environment and the runs of the demo'
@@ -43,6 +43,11 @@ test: setup
 
 bench: setup
 	@$(BIN)/python bench/kernels.py
+	@$(BIN)/python bench/traffic.py
+	@$(BIN)/python bench/step.py --providers $(STEP_PROVIDERS)
+
+# All but the step compiled as one graph, whose compilation takes minutes; bench/step.py alone measures it too.
+STEP_PROVIDERS := cross_entropy cross_entropy_fused eager finite_difference ours ours_fused
 
 # For the GPUs present, and failing rather than going on without the kernels that it is to test.
 gpu: export RDS_FAST_CUDA_ARCHITECTURES =
@@ -52,6 +57,7 @@ gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m pytest -m gpu tests/gpu -p no:cacheprovider
 	$(PYTHON) bench/kernels.py --device cuda
+	$(PYTHON) bench/step.py --device cuda --preset resnet18-h200 resnet50-h200 --providers $(STEP_PROVIDERS)
 
 lint: $(VENV)/.dependencies
 	@$(BIN)/ruff check .

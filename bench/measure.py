@@ -43,7 +43,9 @@ FIELDS = [
 
 
 def device_name(device: torch.device) -> str:
-    """The device's own name; for a CPU the processor's, as the system gives it."""
+    """The device's own name; for a CPU the processor's, as the system gives it; ``"meta"`` where nothing runs."""
+    if device.type == "meta":
+        return "meta"
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

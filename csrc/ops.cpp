@@ -3,15 +3,14 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
+#include <optional>
 #include <string>
 #include <tuple>
 
 #include "cpu/kernels.h"
 #include "numerics.h"
+#include "tensors.h"
 
 namespace rds_fast::cpu {
 
@@ -26,17 +25,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-ScalarType accumulation_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
-
-Shape shape_of(const Tensor& x) {
-  const ScalarType type = x.scalar_type();
-  const Dtype dtype = type == ScalarType::Double     ? Dtype::float64
-                      : type == ScalarType::Float    ? Dtype::float32
-                      : type == ScalarType::BFloat16 ? Dtype::bfloat16
-                                                     : Dtype::float16;
-  STD_TORCH_CHECK(dtype != Dtype::float16 || type == ScalarType::Half, "rds_fast_native: no kernel for this dtype");
-  return {dtype, x.size(0), x.size(1)};
-}
+Shape shape_of(const Tensor& x) { return {dtype_of(x), x.size(0), x.size(1)}; }
 
 Rows rows(const Tensor& x) { return {x.data_ptr(), x.stride(0)}; }
 
@@ -46,20 +35,9 @@ Values values(const Tensor& g, const Tensor& x) { return {g.data_ptr(), g.stride
 
 Results results(const Tensor& fresh, const Tensor& x) { return {fresh.data_ptr(), is_accumulated(fresh, x)}; }
 
-// A large result is fresh memory, which the system hands out page by page as it is first written: that costs more than
-// the kernel. Huge pages make it 512 times fewer; where the system has none, this does nothing.
-void advise_huge_pages(void* data, size_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 Tensor empty_rows(const Tensor& x) {
   Tensor fresh = torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  advise_huge_pages(fresh.data_ptr(), fresh.numel() * fresh.element_size());
+  advise_huge_pages(fresh);
   return fresh;
 }
 
@@ -163,6 +141,38 @@ std::tuple<Tensor, Tensor> gradient_norm_double_backward(const Tensor& v, const 
   return {dg, dx};
 }
 
+Activation activation_of(const std::string& kind, double a, double b) {
+#define RDS_FAST_NAMED(name) \
+  if (kind == #name) return {ActivationKind::name, a, b};
+  RDS_FAST_ACTIVATIONS(RDS_FAST_NAMED)
+#undef RDS_FAST_NAMED
+  STD_TORCH_CHECK(false, "rds_fast_native: no activation of this name: ", kind);
+}
+
+Tensor fresh_like(const Tensor& x) {
+  Tensor fresh = torch::stable::empty_like(x);
+  advise_huge_pages(fresh);
+  return fresh;
+}
+
+Tensor activation_backward(const Tensor& g, const Tensor& x, const std::optional<Tensor>& x_cotangent,
+                           const std::string& kind, double a, double b) {
+  Tensor gx = fresh_like(x);
+  kernels().activation_backward({dtype_of(x), x.numel()}, g.data_ptr(), x.data_ptr(),
+                                x_cotangent ? x_cotangent->data_ptr() : nullptr, activation_of(kind, a, b),
+                                gx.data_ptr());
+  return gx;
+}
+
+std::tuple<Tensor, Tensor> activation_double_backward(const Tensor& v, const Tensor& g, const Tensor& x,
+                                                      const std::string& kind, double a, double b) {
+  Tensor dg = fresh_like(x);
+  Tensor dx = fresh_like(x);
+  kernels().activation_double_backward({dtype_of(x), x.numel()}, v.data_ptr(), g.data_ptr(), x.data_ptr(),
+                                       activation_of(kind, a, b), dg.data_ptr(), dx.data_ptr());
+  return {dg, dx};
+}
+
 std::string cpu_capability() { return kernels().capability; }
 
 }  // namespace
@@ -188,12 +198,14 @@ STABLE_TORCH_LIBRARY(rds_fast_native, m) {
   m.def(
       "gradient_norm_double_backward(Tensor v, Tensor g, Tensor x, Tensor saved, float p, float power) -> "
       "(Tensor, Tensor)");
+  m.def("activation_backward(Tensor g, Tensor x, Tensor? x_cotangent, str kind, float a, float b) -> Tensor");
+  m.def("activation_double_backward(Tensor v, Tensor g, Tensor x, str kind, float a, float b) -> (Tensor, Tensor)");
   m.def("cpu_capability() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rds_fast_native, CPU, m) {
 #define RDS_FAST_REGISTER(name, arguments) m.impl(#name, TORCH_BOX(&rds_fast::cpu::name));
-  RDS_FAST_CPU_KERNELS(RDS_FAST_REGISTER)
+  RDS_FAST_ROW_KERNELS(RDS_FAST_REGISTER)
 #undef RDS_FAST_REGISTER
 }
 

@@ -1,7 +1,8 @@
 """Training with penalties on input gradients, exactly and fast."""
 
-from . import backends, evaluation
+from . import backends, evaluation, nn
 from .backends import use_backend
+from .double_backward import fast_double_backward
 from .ops.cross_entropy import cross_entropy_with_logsumexp
 from .ops.gradient_norm import gradient_norm
 from .ops.logsumexp import logsumexp
@@ -20,9 +21,11 @@ __all__ = [
     "density_penalty",
     "density_penalty_from_logits",
     "evaluation",
+    "fast_double_backward",
     "gradient_norm",
     "log_density",
     "logsumexp",
+    "nn",
     "schedules",
     "use_backend",
 ]

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from . import backends
+from .nn import fusion_report
+from .training.models import torchvision_classifier
 
 OPERATIONS = ("logsumexp", "cross_entropy_with_logsumexp", "gradient_norm")
 _OPTIONAL = ("triton", "torchvision", "mlxtend", "matplotlib", "typer", "rich", "safetensors")
@@ -66,8 +68,19 @@ def report() -> list[tuple[str, list[tuple[str, str]]]]:
     return sections
 
 
-def doctor() -> None:
-    """Print versions, what is built, which backend each operation will use on this machine, and why not the others."""
+def model_report(name: str) -> list[str]:
+    """What can be made faster in a torchvision model, layer by layer, as lines of text."""
+    return ["nn.fuse, batch norm by batch norm", *str(fusion_report(torchvision_classifier(name))).splitlines()]
+
+
+def doctor(model: str | None = None) -> None:
+    """Print versions, what is built, which backend each operation will use on this machine, and why not the others.
+
+    With --model and the name of a torchvision model: print instead what nn.fuse would do to its layers.
+    """
+    if model is not None:
+        print("\n".join(model_report(model)))
+        return
     for title, entries in report():
         print(title)
         width = max(len(name) for name, _ in entries)

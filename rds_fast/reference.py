@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -32,7 +33,7 @@ def cross_entropy_with_logsumexp(
     """
     f = logits.to(accumulation_dtype(logits.dtype))
     lse = torch.logsumexp(f, 1)
-    cross_entropy = torch.nn.functional.cross_entropy(
+    cross_entropy = F.cross_entropy(
         f,
         target if not target.is_floating_point() else target.to(f.dtype),
         ignore_index=ignore_index,
@@ -78,3 +79,27 @@ def gradient_norm(gradient: Tensor, p: float = 2.0, power: float = 1.0) -> Tenso
     # A zero row has derivative 0 for power >= 1, where 0 ** (power - 1) would be 0 or, below 1, infinite.
     zero = norm == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, norm).pow(power)).to(gradient.dtype)
+
+
+# The activations are PyTorch's own. Two can work in place by another name only; hardsigmoid it differentiates once.
+relu, leaky_relu, hardtanh, relu6 = F.relu, F.leaky_relu, F.hardtanh, F.relu6
+gelu, silu, mish, softplus, hardswish = F.gelu, F.silu, F.mish, F.softplus, F.hardswish
+elu, selu, celu = F.elu, F.selu, F.celu
+
+
+def sigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """See ``rds_fast.ops.activation.sigmoid``."""
+    return torch.sigmoid_(input) if inplace else torch.sigmoid(input)
+
+
+def tanh(input: Tensor, inplace: bool = False) -> Tensor:
+    """See ``rds_fast.ops.activation.tanh``."""
+    return torch.tanh_(input) if inplace else torch.tanh(input)
+
+
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """``input/6 + 1/2`` clamped to [0, 1], of differentiable operations."""
+    if inplace:
+        return input.copy_(hardsigmoid(input.clone()))
+    x = input.to(accumulation_dtype(input.dtype))
+    return (F.hardtanh(x, -3.0, 3.0) / 6 + 0.5).to(input.dtype)

@@ -21,6 +21,7 @@ class Inputs(NamedTuple):
     mean: Tensor  # of eval mode
     var: Tensor
     u: Tensor
+    other_u: Tensor | None  # goes with a residual and a ReLU
     x_cotangent: Tensor | None
     v: Tensor | None
     vweight: Tensor | None
@@ -28,7 +29,7 @@ class Inputs(NamedTuple):
     vresidual: Tensor | None
 
 
-OPTIONAL = ("residual", "weight", "bias", "x_cotangent", "v", "vweight", "vbias", "vresidual")
+OPTIONAL = ("residual", "other_u", "weight", "bias", "x_cotangent", "v", "vweight", "vbias", "vresidual")
 
 
 def inputs(
@@ -65,15 +66,18 @@ def by_kernels(kernels: Any, i: Inputs, training: bool, eps: float, relu: bool) 
     source = y if relu and i.residual is not None else None  # of the mask
     affine = (i.weight, i.bias, mean, var)
     gx, gweight, gbias, gresidual = kernels.batch_norm_backward(
-        i.u, i.x, source, *affine, i.x_cotangent, training, eps, relu
+        i.u, None if source is None else i.other_u, i.x, source, *affine, i.x_cotangent, training, eps, relu
     )
     u = i.u if source is None else gresidual
     du, dx, dweight = kernels.batch_norm_double_backward(
         i.v, i.vweight, i.vbias, i.vresidual, u, i.x, source, *affine, training, eps, relu
     )
+    mask_from_x = relu and source is None
+    again = kernels.batch_norm_input_gradient(u, i.x, *affine, gweight, gbias, training, eps, mask_from_x)
+    assert torch.equal(again, gx) or i.x_cotangent is not None
     assert gresidual.numel() == (0 if source is None else i.x.numel())
     assert dx.numel() == (i.x.numel() if training or i.vweight is not None else 0)
-    results = {"y": y, "gx": gx, "gresidual": gresidual, "du": du, "dx": dx}
+    results = {"y": y, "gx": gx, "again": again, "gresidual": gresidual, "du": du, "dx": dx}
     results = {name: t for name, t in results.items() if t.numel()}
     for name, t in results.items():
         assert t.dtype == i.x.dtype, name
@@ -89,7 +93,9 @@ def by_kernels(kernels: Any, i: Inputs, training: bool, eps: float, relu: bool) 
 
 def by_definition(i: Inputs, training: bool, eps: float, open_relu: Tensor | None) -> tuple[dict, dict]:
     """The same by autograd in float64, ``open_relu`` being the mask; and the size of the terms of each sum."""
-    x, u = (t.double().detach().requires_grad_() for t in (i.x, i.u))
+    both = i.other_u is not None and i.residual is not None and open_relu is not None
+    u = (i.u + i.other_u if both else i.u).double().detach().requires_grad_()
+    x = i.x.double().detach().requires_grad_()
     shape = [1, -1] + [1] * (x.dim() - 2)
     dims = [0, *range(2, x.dim())]
 
@@ -115,7 +121,7 @@ def by_definition(i: Inputs, training: bool, eps: float, open_relu: Tensor | Non
         outputs, directions = zip(*given, strict=True)
         du, dx, dweight = torch.autograd.grad(outputs, (u, x, weight), directions, materialize_grads=True)
     gx = gradients[0] if i.x_cotangent is None else gradients[0] + i.x_cotangent.double()
-    truth = {"y": y, "gx": gx, "gresidual": gradients[3], "du": du, "dx": dx}
+    truth = {"y": y, "gx": gx, "again": gradients[0], "gresidual": gradients[3], "du": du, "dx": dx}
     truth |= {"gweight": gradients[1], "gbias": gradients[2], "dweight": dweight, "mean": mean, "var": var}
     masked = gradients[3]  # u'
     v = torch.zeros_like(x) if i.v is None else i.v.double()

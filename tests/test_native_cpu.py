@@ -454,6 +454,19 @@ def test_gradient_norm_does_not_overflow_or_underflow(
     torch.testing.assert_close(gx.double(), truth, rtol=tolerance, atol=tolerance * truth.abs().max().item())
 
 
+@pytest.mark.parametrize("columns", [1, 10, 64, 1000])
+def test_gradient_norm_of_rows_of_every_magnitude(columns: int) -> None:
+    """Neighbouring rows on either side of the range where squares are summed without a scale, and zero rows."""
+    exponents = torch.arange(-120, 121, 3, dtype=torch.float64)
+    x = random_rows((len(exponents), columns), torch.float64)
+    x = (x * torch.exp2(exponents)[:, None]).float()
+    x[::7] = 0
+    truth = x.double().norm(dim=1)
+    result, saved = native.gradient_norm(x, 2.0, 1.0, False)
+    assert torch.equal(result, saved[:, 0])
+    torch.testing.assert_close(result.double(), truth, rtol=1e-6, atol=0.0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [3, 50, 20_000])
 @pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0, math.inf])

@@ -22,8 +22,13 @@ void with_target(const Shape& shape, const Target& given, const Call& call) {
 }
 
 void cross_entropy(Shape shape, Rows logits, Target target, Results ce, Results lse, Saved saved) {
-  with_target(shape, target,
-              [&](auto example, auto q) { softmax_forward<decltype(example)>(shape, logits, q, ce, lse, saved); });
+  with_target(shape, target, [&](auto example, auto q) {
+    using T = decltype(example);
+    if constexpr (!decltype(q)::needs_total) {
+      if (shape.columns <= kShort) return short_forward<T>(shape, logits, q, ce, lse, saved);
+    }
+    softmax_forward<T>(shape, logits, q, ce, lse, saved);
+  });
 }
 
 void cross_entropy_backward(Shape shape, Values g_ce, Values g_lse, Rows logits, Target target, const void* lse,
@@ -34,7 +39,8 @@ void cross_entropy_backward(Shape shape, Values g_ce, Values g_lse, Rows logits,
     if constexpr (!decltype(q)::needs_total) {
       if (shape.columns <= kShort) return short_backward<T>(shape, G{g_ce, g_lse}, logits, q, lse, gx);
     }
-    softmax_backward<T>(shape, G{g_ce, g_lse}, logits, q, lse, gx);
+    with_kept_softmax(
+        shape, [&](auto kept) { softmax_backward<T, decltype(q), kept>(shape, G{g_ce, g_lse}, logits, q, lse, gx); });
   });
 }
 
@@ -47,7 +53,9 @@ void cross_entropy_double_backward(Shape shape, Rows v, Values g_ce, Values g_ls
       if (shape.columns <= kShort)
         return short_double_backward<T>(shape, v, G{g_ce, g_lse}, logits, q, lse, dg_ce, dg_lse, dx);
     }
-    softmax_double_backward<T>(shape, v, G{g_ce, g_lse}, logits, q, lse, dg_ce, dg_lse, dx);
+    with_kept_softmax(shape, [&](auto kept) {
+      softmax_double_backward<T, decltype(q), kept>(shape, v, G{g_ce, g_lse}, logits, q, lse, dg_ce, dg_lse, dx);
+    });
   });
 }
 

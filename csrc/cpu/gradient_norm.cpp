@@ -5,8 +5,7 @@
 //
 // p = 2: u = x/n.  p = 1: u = sign x.  p = ∞: u = sign x / ties where |x| = n.  Else u = sign x (|x|/n)^(p−1).
 // At n = 0 both are 0, but for p = k = 2, where r = Σ x² is smooth: dx = 2 g v.
-#include "elementary.h"
-#include "rows.h"
+#include "short_norms.h"
 
 namespace rds_fast::cpu::RDS_FAST_CAPABILITY {
 
@@ -28,19 +27,13 @@ RDS_FAST_INLINE Acc<T> sum_over(const T* x, int64_t begin, int64_t end, F f) {
   return sum_of_lanes<T>(sum_of_four<T>(sums));
 }
 
-// Squares are summed as they are where that is safe, as it nearly always is, and the part is read again where not.
+// Squares are summed as they are, which nearly always is right, and where it is not the part is read again.
 template <typename T>
 RDS_FAST_INLINE State<T, NormOrder::two> sum_of_squares(const T* x, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  Vec<T> sums[4] = {}, largest[4] = {};
-  for_vectors<T>(begin, end, [&](auto at, int k) {
-    const Vec<T> values = at(x, A(0));
-    sums[k] += values * values;
-    largest[k] = larger(magnitudes(values), largest[k]);
-  });
-  const A sum = sum_of_lanes<T>(sum_of_four<T>(sums));
-  const A max = largest_lane<T>(larger(larger(largest[0], largest[1]), larger(largest[2], largest[3])));
-  if (squares_are_safe(max)) return {A(1), sum};
+  const A sum = sum_over(x, begin, end, [](Vec<T> values) { return values * values; });
+  if (sum_of_squares_is_safe(sum)) return {A(1), sum};
+  const A max = largest_magnitude(x, begin, end);
   if (max == A(0) || is_infinite(max)) return {max, sum};  // sum: 0, infinity or NaN
   return {max, sum_over(x, begin, end, [&](Vec<T> values) { return (values / max) * (values / max); })};
 }
@@ -107,24 +100,8 @@ struct NormRow {
         root(second_factor_root(n, k)) {
     if (order == NormOrder::infinity) tie_share = A(1) / static_cast<const A*>(saved)[2 * row + 1];
   }
-  // A true division: where |x| = n the ratio is 1, u v cancels w v, and the curvature along the norm is 0 exactly.
-  RDS_FAST_INLINE Vec<T> normal(Vec<T> x) const {
-    const Vec<T> zero = Vec<T>{};
-    if constexpr (order == NormOrder::two) {
-      return x / n;
-    } else if constexpr (order == NormOrder::one) {
-      return x == x ? (x == zero ? zero : with_sign(splat<T>(1), x)) : x;
-    } else if constexpr (order == NormOrder::infinity) {
-      const Vec<T> elsewhere = splat<T>(n == n ? A(0) : n);
-      return magnitudes(x) == n ? with_sign(splat<T>(tie_share), x) : elsewhere;
-    } else {
-      return with_sign(powers(magnitudes(x) / n, p - A(1)), x);
-    }
-  }
-  RDS_FAST_INLINE Vec<T> curvature(Vec<T> x) const {
-    if constexpr (order == NormOrder::general) return powers(magnitudes(x) / n, p - A(2));
-    return splat<T>(1);
-  }
+  RDS_FAST_INLINE Vec<T> normal(Vec<T> x) const { return normals<T, order>(x, splat<T>(n), splat<T>(tie_share), p); }
+  RDS_FAST_INLINE Vec<T> curvature(Vec<T> x) const { return curvatures<T, order>(x, splat<T>(n), p); }
 };
 
 template <typename T, NormOrder order>
@@ -235,20 +212,34 @@ void with_order(const Shape& shape, double p, const Call& call) {
 
 void gradient_norm(Shape shape, Rows x, double p, double power, Results result, Saved saved) {
   with_order(shape, p, [&](auto example, auto order) {
-    norm_forward<decltype(example), decltype(order)::value>(shape, x, p, power, result, saved);
+    using T = decltype(example);
+    constexpr NormOrder kOrder = decltype(order)::value;
+    if (shape.columns <= kShort) return short_norm_forward<T, kOrder>(shape, x, p, power, result, saved);
+    norm_forward<T, kOrder>(shape, x, p, power, result, saved);
   });
 }
 
 void gradient_norm_backward(Shape shape, Values g, Rows x, const void* saved, double p, double power, void* gx) {
   with_order(shape, p, [&](auto example, auto order) {
-    norm_backward<decltype(example), decltype(order)::value>(shape, g, x, saved, p, power, gx);
+    using T = decltype(example);
+    constexpr NormOrder kOrder = decltype(order)::value;
+    if (shape.columns <= kShort && x.stride == shape.columns) {
+      return short_norm_backward<T, kOrder>(shape, g, static_cast<const T*>(x.data), saved, p, power,
+                                            static_cast<T*>(gx));
+    }
+    norm_backward<T, kOrder>(shape, g, x, saved, p, power, gx);
   });
 }
 
 void gradient_norm_double_backward(Shape shape, Rows v, Values g, Rows x, const void* saved, double p, double power,
                                    Results dg, void* dx) {
   with_order(shape, p, [&](auto example, auto order) {
-    norm_double_backward<decltype(example), decltype(order)::value>(shape, v, g, x, saved, p, power, dg, dx);
+    using T = decltype(example);
+    constexpr NormOrder kOrder = decltype(order)::value;
+    if (shape.columns <= kShort) {
+      return short_norm_double_backward<T, kOrder>(shape, v, g, x, saved, p, power, dg, dx);
+    }
+    norm_double_backward<T, kOrder>(shape, v, g, x, saved, p, power, dg, dx);
   });
 }
 

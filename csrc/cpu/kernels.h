@@ -1,6 +1,6 @@
 // The CPU kernels as the registration sees them: plain structs of pointers, no PyTorch.
 //
-// logsumexp.cpp, cross_entropy.cpp and gradient_norm.cpp are compiled once for each capability, with its instruction
+// The files of kernels, which CMakeLists.txt names, are compiled once for each capability, with its instruction
 // set, in a namespace of its own; dispatch.cpp picks one when the library is first used.
 #pragma once
 
@@ -50,8 +50,51 @@ struct Saved {
   void* data;
 };
 
+// The smooth activations, by the names that ops/activation.py gives them.
+#define RDS_FAST_ACTIVATIONS(X) \
+  X(gelu) X(gelu_tanh) X(silu) X(mish) X(softplus) X(hardswish) X(elu) X(selu) X(sigmoid) X(tanh)
+
+enum class ActivationKind {
+#define RDS_FAST_ENUMERATOR(kind) kind,
+  RDS_FAST_ACTIVATIONS(RDS_FAST_ENUMERATOR)
+#undef RDS_FAST_ENUMERATOR
+};
+
+struct Activation {
+  ActivationKind kind;
+  double a;
+  double b;
+};
+
+// count values in one order in memory, whatever it is: element-wise kernels do not look at shapes.
+struct Elements {
+  Dtype dtype;
+  int64_t count;
+};
+
+// A contiguous (samples, channels, spatial) tensor whose rows are the channels of a group in one sample.
+struct GroupShape {
+  Dtype dtype;
+  int64_t samples;
+  int64_t channels;
+  int64_t spatial;
+  int64_t groups;
+};
+
+// Weight and bias of each channel, or what belongs to them, in the accumulation dtype; either may be null.
+struct ChannelPair {
+  void* weight;
+  void* bias;
+};
+
+// Mean and reciprocal standard deviation of each row, in the accumulation dtype.
+struct RowMoments {
+  void* mean;
+  void* rstd;
+};
+
 // Every capability has these functions. Rows results (gx, dx, …) are contiguous and of the rows' dtype.
-#define RDS_FAST_CPU_KERNELS(X)                                                                                   \
+#define RDS_FAST_ROW_KERNELS(X)                                                                                   \
   X(logsumexp, (Shape shape, Rows x, Results result, Saved saved))                                                \
   X(logsumexp_backward, (Shape shape, Values g, Rows x, const void* lse, void* gx))                               \
   X(logsumexp_double_backward, (Shape shape, Rows v, Values g, Rows x, const void* lse, Results dg, void* dx))    \
@@ -63,7 +106,24 @@ struct Saved {
   X(gradient_norm, (Shape shape, Rows x, double p, double power, Results result, Saved saved))                    \
   X(gradient_norm_backward, (Shape shape, Values g, Rows x, const void* saved, double p, double power, void* gx)) \
   X(gradient_norm_double_backward,                                                                                \
-    (Shape shape, Rows v, Values g, Rows x, const void* saved, double p, double power, Results dg, void* dx))
+    (Shape shape, Rows v, Values g, Rows x, const void* saved, double p, double power, Results dg, void* dx))     \
+  X(activation_backward, (Elements elements, const void* g, const void* x, const void* x_cotangent, /* or null */ \
+                          Activation activation, void* gx))                                                       \
+  X(activation_double_backward,                                                                                   \
+    (Elements elements, const void* v, const void* g, const void* x, Activation activation, void* dg, void* dx))
+
+// Results are contiguous. A null v is zero; null gradients of weight and bias, or a null dweight, are not wanted.
+#define RDS_FAST_GROUP_NORM_KERNELS(X)                                                                            \
+  X(group_norm, (GroupShape shape, const void* x, ChannelPair affine, double eps, void* y, RowMoments moments))   \
+  X(group_norm_backward, (GroupShape shape, const void* u, const void* x, const void* weight, RowMoments moments, \
+                          const void* x_cotangent, void* gx, ChannelPair gradient))                               \
+  X(group_norm_double_backward,                                                                                   \
+    (GroupShape shape, const void* v, ChannelPair cotangents, const void* u, const void* x, const void* weight,   \
+     RowMoments moments, void* du, void* dx, void* dweight))
+
+#define RDS_FAST_CPU_KERNELS(X) \
+  RDS_FAST_ROW_KERNELS(X)       \
+  RDS_FAST_GROUP_NORM_KERNELS(X)
 
 struct Kernels {
   const char* capability;

@@ -16,7 +16,7 @@ void logsumexp_backward(Shape shape, Values g, Rows x, const void* lse, void* gx
     using T = decltype(example);
     if (shape.columns <= kShort)
       return short_backward<T>(shape, Cotangents<T, NoTarget<T>>{{}, g}, x, NoTarget<T>{}, lse, gx);
-    softmax_backward<T>(shape, Cotangents<T, NoTarget<T>>{{}, g}, x, NoTarget<T>{}, lse, gx);
+    softmax_backward<T, NoTarget<T>, false>(shape, Cotangents<T, NoTarget<T>>{{}, g}, x, NoTarget<T>{}, lse, gx);
   });
 }
 
@@ -26,7 +26,10 @@ void logsumexp_double_backward(Shape shape, Rows v, Values g, Rows x, const void
     if (shape.columns <= kShort)
       return short_double_backward<T>(shape, v, Cotangents<T, NoTarget<T>>{{}, g}, x, NoTarget<T>{}, lse, Results{}, dg,
                                       dx);
-    softmax_double_backward<T>(shape, v, Cotangents<T, NoTarget<T>>{{}, g}, x, NoTarget<T>{}, lse, Results{}, dg, dx);
+    with_kept_softmax(shape, [&](auto kept) {
+      softmax_double_backward<T, NoTarget<T>, kept>(shape, v, Cotangents<T, NoTarget<T>>{{}, g}, x, NoTarget<T>{}, lse,
+                                                    Results{}, dg, dx);
+    });
   });
 }
 

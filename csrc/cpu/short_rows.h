@@ -3,51 +3,9 @@
 #pragma once
 
 #include "softmax.h"
+#include "tile.h"
 
 namespace rds_fast::cpu::RDS_FAST_CAPABILITY {
-
-// The longest row that is treated so: a tile of it stays in registers and the first-level cache.
-constexpr int64_t kShort = 64;
-
-// count ≤ kLanes rows from first on, transposed. Lanes beyond count repeat the first row.
-template <typename T>
-struct Tile {
-  static constexpr int64_t L = kLanes<T>;
-  alignas(64) T values[kShort * L];
-
-  RDS_FAST_INLINE void gather(Rows rows, int64_t first, int64_t count, int64_t columns) {
-    for (int64_t lane = 0; lane < L; ++lane) {
-      const T* row = row_of<T>(rows, first + (lane < count ? lane : 0));
-      for (int64_t c = 0; c < columns; ++c) values[c * L + lane] = row[c];
-    }
-  }
-  RDS_FAST_INLINE void scatter(void* out, int64_t first, int64_t count, int64_t columns) const {
-    for (int64_t lane = 0; lane < count; ++lane) {
-      T* row = static_cast<T*>(out) + (first + lane) * columns;
-      for (int64_t c = 0; c < columns; ++c) row[c] = values[c * L + lane];
-    }
-  }
-  RDS_FAST_INLINE Vec<T> column(int64_t c) const { return load(values + c * L); }
-  RDS_FAST_INLINE void set_column(int64_t c, Vec<T> v) { store(values + c * L, v); }
-};
-
-template <typename T>
-RDS_FAST_INLINE Vec<T> values_of_lanes(Values values, int64_t first, int64_t count) {
-  Acc<T> lanes[kLanes<T>];
-  for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
-    lanes[lane] = value_of<T>(values, first + (lane < count ? lane : 0));
-  }
-  return load(lanes);
-}
-
-template <typename T>
-RDS_FAST_INLINE void set_results(Results results, int64_t first, int64_t count, Vec<T> v) {
-  if (results.accumulated) {
-    store_part(static_cast<Acc<T>*>(results.data) + first, v, count);
-  } else {
-    store_part(static_cast<T*>(results.data) + first, v, count);
-  }
-}
 
 // q' of the lanes' rows.
 template <typename T, typename Target>
@@ -85,9 +43,9 @@ struct LaneTargets<T, IndexTarget<T>> {
   RDS_FAST_INLINE Vec<T> cross_entropy(const Tile<T>& f, int64_t columns, Vec<T> max, Vec<T> log_sum) const {
     const Vec<T> zero = Vec<T>{}, infinity = splat<T>(A(INFINITY));
     Vec<T> of_class = zero, sum = zero;
-    for (int64_t c = 0; c < columns; ++c) of_class = is_class(c) ? f.column(c) : of_class;
+    for (int64_t c = 0; c < columns; ++c) of_class = is_class(c) ? f.columns[c] : of_class;
     const Vec<T> reference = magnitudes(of_class) < infinity ? of_class : zero;
-    for (int64_t c = 0; c < columns; ++c) sum += f.column(c) - reference;
+    for (int64_t c = 0; c < columns; ++c) sum += f.columns[c] - reference;
     const Vec<T> from_class = on == zero ? zero : on * (of_class - reference);
     const Vec<T> expected = off == zero ? from_class : from_class + off * sum;
     const Vec<T> ce = magnitudes(log_sum) < infinity ? ((max - reference) + log_sum) - expected : splat<T>(A(NAN));
@@ -95,27 +53,16 @@ struct LaneTargets<T, IndexTarget<T>> {
   }
 };
 
-// body(first, count) on every tile of rows.
-template <typename T, typename Body>
-void for_tiles(const Shape& shape, const Body& body) {
-  constexpr int64_t L = kLanes<T>;
-  parallel((shape.rows + L - 1) / L, row_grain(shape.columns * L), [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) {
-      body(tile * L, shape.rows - tile * L < L ? shape.rows - tile * L : L);
-    }
-  });
-}
-
 template <typename T, typename Target>
 void short_forward(const Shape& shape, Rows x, const Target& target, Results ce, Results lse, Saved saved) {
   using A = Acc<T>;
   for_tiles<T>(shape, [&](int64_t first, int64_t count) {
     Tile<T> f;
-    f.gather(x, first, count, shape.columns);
+    f.gather(shape, x, first, count);
     OnlineSum<T> online;
-    for (int64_t c = 0; c < shape.columns; ++c) online.max = larger(f.column(c), online.max);
+    for (int64_t c = 0; c < shape.columns; ++c) online.max = larger(f.columns[c], online.max);
     online.max = smaller(splat<T>(OnlineSum<T>::kLargest), online.max);
-    for (int64_t c = 0; c < shape.columns; ++c) online.sum += exponentials(f.column(c) - online.max);
+    for (int64_t c = 0; c < shape.columns; ++c) online.sum += exponentials(f.columns[c] - online.max);
     const Vec<T> log_sum = logarithms_of_sums(online.sum);
     set_results<T>(lse, first, count, online.max + log_sum);
     if (saved.data != nullptr) store_part(static_cast<A*>(saved.data) + first, online.max + log_sum, count);
@@ -146,7 +93,7 @@ struct TileSoftmax {
     const Vec<T> zero = Vec<T>{};
     Vec<T> sum = zero;
     for (int64_t c = 0; c < columns; ++c) {
-      softmax[c] = exponentials(f.column(c) - l);
+      softmax[c] = exponentials(f.columns[c] - l);
       sum += softmax[c];
     }
     normaliser = normalisers<T>(sum);
@@ -158,96 +105,17 @@ struct TileSoftmax {
   }
 };
 
-// The lanes of v at the given indices.
-template <typename T>
-RDS_FAST_INLINE Vec<T> permuted(Vec<T> v, BitsVec<Acc<T>> lanes) {
-#if defined(__clang__)
-  Vec<T> result;
-  for (int64_t lane = 0; lane < kLanes<T>; ++lane) result[lane] = v[lanes[lane]];
-  return result;
-#else
-  return __builtin_shuffle(v, lanes);
-#endif
-}
-
-// Contiguous rows, element by element as they lie in memory, so that nothing need be transposed. A tile of L rows is as
-// many vectors as there are columns, and which row a lane of the i-th belongs to is the same in every tile.
-template <typename T>
-struct FlatRows {
-  static constexpr int64_t L = kLanes<T>;
-  BitsVec<Acc<T>> row_of_lane[kShort];
-
-  explicit FlatRows(int64_t columns) {
-    for (int64_t i = 0; i < columns; ++i) {
-      for (int64_t lane = 0; lane < L; ++lane) row_of_lane[i][lane] = (i * L + lane) / columns;
-    }
-  }
-  // The i-th vector of values that there is one of for each row.
-  RDS_FAST_INLINE Vec<T> spread(Vec<T> of_rows, int64_t i) const { return permuted<T>(of_rows, row_of_lane[i]); }
-};
-
 // gx = g s.
 template <typename T>
 void flat_backward(const Shape& shape, Values g, const T* x, const void* lse, T* gx) {
   using A = Acc<T>;
-  constexpr int64_t L = kLanes<T>;
-  const int64_t columns = shape.columns;
-  const FlatRows<T> rows(columns);
+  const FlatRows<T> rows(shape.columns);
   for_tiles<T>(shape, [&](int64_t first, int64_t count) {
     const Vec<T> l = load_part(static_cast<const A*>(lse) + first, count, A(0));
     const Vec<T> factor = values_of_lanes<T>(g, first, count);
-    const T* from = x + first * columns;
-    T* to = gx + first * columns;
-    const int64_t size = count * columns;
-    for (int64_t i = 0; i < columns && i * L < size; ++i) {
-      const Vec<T> of_row = rows.spread(l, i), scale = rows.spread(factor, i);
-      if ((i + 1) * L <= size) {
-        store(to + i * L, exponentials(load(from + i * L) - of_row) * scale);
-      } else {
-        const int64_t rest = size - i * L;
-        store_part(to + i * L, exponentials(load_part(from + i * L, rest, A(0)) - of_row) * scale, rest);
-      }
-    }
-  });
-}
-
-// dg = Σ v s and dx = g s (v − Σ v s); the sums row by row, over values in the first-level cache.
-template <typename T>
-void flat_double_backward(const Shape& shape, const T* v, Values g, const T* x, const void* lse, Results dg, T* dx) {
-  using A = Acc<T>;
-  constexpr int64_t L = kLanes<T>;
-  const int64_t columns = shape.columns;
-  const FlatRows<T> rows(columns);
-  for_tiles<T>(shape, [&](int64_t first, int64_t count) {
-    const Vec<T> l = load_part(static_cast<const A*>(lse) + first, count, A(0));
-    const int64_t begin = first * columns, size = count * columns;
-    const auto part = [&](const T* from, int64_t i) {
-      return (i + 1) * L <= size ? load(from + begin + i * L) : load_part(from + begin + i * L, size - i * L, A(0));
-    };
-    alignas(64) A softmax[kShort * L], products[kShort * L];
-    for (int64_t i = 0; i < columns && i * L < size; ++i) {
-      const Vec<T> s = exponentials(part(x, i) - rows.spread(l, i));
-      store(softmax + i * L, s);
-      store(products + i * L, s * part(v, i));
-    }
-    alignas(64) A sums[L] = {}, of_ones[L] = {};
-    for (int64_t row = 0; row < count; ++row) {
-      for (int64_t c = row * columns; c < (row + 1) * columns; ++c) {
-        sums[row] += products[c];
-        of_ones[row] += softmax[c];
-      }
-    }
-    const Vec<T> total = load(sums) * normalisers<T>(load(of_ones));
-    set_results<T>(dg, first, count, total);
-    const Vec<T> factor = values_of_lanes<T>(g, first, count);
-    for (int64_t i = 0; i < columns && i * L < size; ++i) {
-      const Vec<T> value = load(softmax + i * L) * rows.spread(factor, i) * (part(v, i) - rows.spread(total, i));
-      if ((i + 1) * L <= size) {
-        store(dx + begin + i * L, value);
-      } else {
-        store_part(dx + begin + i * L, value, size - i * L);
-      }
-    }
+    rows.write(x + first * shape.columns, gx + first * shape.columns, count, [&](Vec<T> values, int64_t i) {
+      return exponentials(values - rows.spread(l, i)) * rows.spread(factor, i);
+    });
   });
 }
 
@@ -261,38 +129,32 @@ void short_backward(const Shape& shape, Cotangents<T, Target> g, Rows x, const T
   }
   for_tiles<T>(shape, [&](int64_t first, int64_t count) {
     Tile<T> f;
-    f.gather(x, first, count, shape.columns);
+    f.gather(shape, x, first, count);
     const LaneTargets<T, Target> q(target, first, count);
     const TileSoftmax<T, Target> s(f, q, g, lse, first, count, shape.columns);
     const Vec<T> a = Target::present ? s.a * s.normaliser : s.a;
     for (int64_t c = 0; c < shape.columns; ++c) {
       Vec<T> value = s.softmax[c] * a;
       if constexpr (Target::present) value = q.total() == Vec<T>{} ? value : value - s.g_ce * q.column(c);
-      f.set_column(c, value);
+      f.columns[c] = value;
     }
-    f.scatter(gx, first, count, shape.columns);
+    f.scatter(shape, gx, first, count);
   });
 }
 
 template <typename T, typename Target>
 void short_double_backward(const Shape& shape, Rows v, Cotangents<T, Target> g, Rows x, const Target& target,
                            const void* lse, Results dg_ce, Results dg_lse, void* dx) {
-  if constexpr (!Target::present) {
-    if (x.stride == shape.columns && v.stride == shape.columns) {
-      return flat_double_backward<T>(shape, static_cast<const T*>(v.data), g.g_lse, static_cast<const T*>(x.data), lse,
-                                     dg_lse, static_cast<T*>(dx));
-    }
-  }
   for_tiles<T>(shape, [&](int64_t first, int64_t count) {
     Tile<T> f, cotangent;
-    f.gather(x, first, count, shape.columns);
-    cotangent.gather(v, first, count, shape.columns);
+    f.gather(shape, x, first, count);
+    cotangent.gather(shape, v, first, count);
     const LaneTargets<T, Target> q(target, first, count);
     const TileSoftmax<T, Target> s(f, q, g, lse, first, count, shape.columns);
     Vec<T> of_softmax = Vec<T>{}, of_target = Vec<T>{};
     for (int64_t c = 0; c < shape.columns; ++c) {
-      of_softmax += cotangent.column(c) * s.softmax[c];
-      if constexpr (Target::present) of_target += cotangent.column(c) * q.column(c);
+      of_softmax += cotangent.columns[c] * s.softmax[c];
+      if constexpr (Target::present) of_target += cotangent.columns[c] * q.column(c);
     }
     of_softmax *= s.normaliser;
     set_results<T>(dg_lse, first, count, of_softmax);
@@ -301,9 +163,9 @@ void short_double_backward(const Shape& shape, Rows v, Cotangents<T, Target> g, 
       set_results<T>(dg_ce, first, count, scaled - of_target);
     }
     for (int64_t c = 0; c < shape.columns; ++c) {
-      f.set_column(c, s.softmax[c] * s.a * (cotangent.column(c) - of_softmax));
+      f.columns[c] = s.softmax[c] * s.a * (cotangent.columns[c] - of_softmax);
     }
-    f.scatter(dx, first, count, shape.columns);
+    f.scatter(shape, dx, first, count);
   });
 }
 

@@ -15,6 +15,7 @@
 #pragma once
 
 #include <cfloat>
+#include <type_traits>
 
 #include "elementary.h"
 #include "rows.h"
@@ -136,91 +137,118 @@ RDS_FAST_INLINE A normaliser(A sum_of_softmax) {
   return sum_of_softmax > A(0.5) && sum_of_softmax < A(2) ? A(1) / sum_of_softmax : A(1);
 }
 
+// s of a row of one chunk, so that its exponentials are taken once; of longer rows they are taken again.
+template <typename A, bool kept>
+struct KeptSoftmax {};
 template <typename A>
+struct KeptSoftmax<A, true> {
+  alignas(64) A values[kChunk];
+};
+
+template <typename T, bool kept, typename At>
+RDS_FAST_INLINE void keep(KeptSoftmax<Acc<T>, kept>& softmax, Vec<T> values, At at) {
+  if constexpr (kept) store(softmax.values + at.i, values);
+}
+template <typename T, bool kept, typename At>
+RDS_FAST_INLINE Vec<T> softmax_at(const KeptSoftmax<Acc<T>, kept>& softmax, const T* x, Acc<T> lse, At at) {
+  if constexpr (kept) return at(softmax.values, Acc<T>(0));
+  return exponentials(at(x, Acc<T>(0)) - lse);
+}
+
+template <typename A, bool kept>
 struct BackwardPartial {
   A of_ones = 0;       // Σ s
   A target_total = 0;  // Q, where it must be summed
+  KeptSoftmax<A, kept> softmax;
 };
 
-template <typename T, typename Target>
+template <typename T, typename Target, bool kept>
 void softmax_backward(const Shape& shape, Cotangents<T, Target> g, Rows x, const Target& target, const void* lse,
                       void* gx) {
   using A = Acc<T>;
+  using Partial = BackwardPartial<A, kept>;
   const bool streamed = is_streamed<T>(shape);
-  const auto write = [&](int64_t row, int64_t begin, int64_t end, const BackwardPartial<A>& total) {
+  const auto write = [&](int64_t row, int64_t begin, int64_t end, const Partial& total) {
     const T* values = row_of<T>(x, row);
     const auto q = target.row(row);
     const A a = g.of_softmax(row, Target::needs_total ? total.target_total : q.total()) * normaliser(total.of_ones);
     const A g_ce = g.of_ce(row), l = static_cast<const A*>(lse)[row];
     write_values(static_cast<T*>(gx) + row * shape.columns, begin, end, streamed,
-                 [&](auto at) { return q.minus_target(exponentials(at(values, A(0)) - l) * a, g_ce, at); });
+                 [&](auto at) { return q.minus_target(softmax_at<T>(total.softmax, values, l, at) * a, g_ce, at); });
   };
   if constexpr (!Target::present) {
-    for_chunks(shape, [&](int64_t row, int64_t begin, int64_t end) { write(row, begin, end, {A(1), A(0)}); });
+    for_chunks(shape, [&](int64_t row, int64_t begin, int64_t end) { write(row, begin, end, {A(1), A(0), {}}); });
   } else {
-    reduce_rows<BackwardPartial<A>>(
+    reduce_rows<Partial>(
         shape,
         [&](int64_t row, int64_t begin, int64_t end) {
           const T* values = row_of<T>(x, row);
           const auto q = target.row(row);
           const A l = static_cast<const A*>(lse)[row];
           Vec<T> of_ones[4] = {};
-          for_vectors<T>(begin, end, [&](auto at, int k) { of_ones[k] += exponentials(at(values, -A(INFINITY)) - l); });
-          BackwardPartial<A> partial;
+          Partial partial;
+          for_vectors<T>(begin, end, [&](auto at, int k) {
+            const Vec<T> softmax = exponentials(at(values, -A(INFINITY)) - l);
+            of_ones[k] += softmax;
+            keep<T>(partial.softmax, softmax, at);
+          });
           partial.of_ones = sum_of_lanes<T>(sum_of_four<T>(of_ones));
           if constexpr (Target::needs_total) partial.target_total = q.total_of(begin, end);
           return partial;
         },
-        [](BackwardPartial<A>& total, const BackwardPartial<A>& partial) {
+        [](Partial& total, const Partial& partial) {
           total.of_ones += partial.of_ones;
           total.target_total += partial.target_total;
         },
-        [](int64_t, const BackwardPartial<A>&) {}, write);
+        [](int64_t, const Partial&) {}, write);
   }
 }
 
-template <typename A>
+template <typename A, bool kept>
 struct DoublePartial {
   A of_softmax = 0;    // S, once divided by Σ s
   A of_ones = 0;       // Σ s
   A of_target = 0;     // T
   A target_total = 0;  // Q, where it must be summed
+  KeptSoftmax<A, kept> softmax;
 };
 
-template <typename T, typename Target>
+template <typename T, typename Target, bool kept>
 void softmax_double_backward(const Shape& shape, Rows v, Cotangents<T, Target> g, Rows x, const Target& target,
                              const void* lse, Results dg_ce, Results dg_lse, void* dx) {
   using A = Acc<T>;
+  using Partial = DoublePartial<A, kept>;
   const bool streamed = is_streamed<T>(shape);
-  reduce_rows<DoublePartial<A>>(
+  reduce_rows<Partial>(
       shape,
       [&](int64_t row, int64_t begin, int64_t end) {
         const T *values = row_of<T>(x, row), *cotangent = row_of<T>(v, row);
         const auto q = target.row(row);
         const A l = static_cast<const A*>(lse)[row];
         Vec<T> of_softmax[4] = {}, of_ones[4] = {}, of_target[4] = {};
+        Partial partial;
         for_vectors<T>(begin, end, [&](auto at, int k) {
           // The lanes beyond the end have s = 0 by an infinite logit, and v = 0.
           const Vec<T> u = at(cotangent, A(0));
           const Vec<T> softmax = exponentials(at(values, -A(INFINITY)) - l);
           of_softmax[k] += u * softmax;
           of_ones[k] += softmax;
+          keep<T>(partial.softmax, softmax, at);
           if constexpr (Target::present) of_target[k] += q.times_target(u, at);
         });
-        DoublePartial<A> partial;
         partial.of_softmax = sum_of_lanes<T>(sum_of_four<T>(of_softmax));
         partial.of_ones = sum_of_lanes<T>(sum_of_four<T>(of_ones));
         partial.of_target = sum_of_lanes<T>(sum_of_four<T>(of_target));
         if constexpr (Target::needs_total) partial.target_total = q.total_of(begin, end);
         return partial;
       },
-      [](DoublePartial<A>& total, const DoublePartial<A>& partial) {
+      [](Partial& total, const Partial& partial) {
         total.of_softmax += partial.of_softmax;
         total.of_ones += partial.of_ones;
         total.of_target += partial.of_target;
         total.target_total += partial.target_total;
       },
-      [&](int64_t row, DoublePartial<A>& total) {
+      [&](int64_t row, Partial& total) {
         total.of_softmax *= normaliser(total.of_ones);
         if (!Target::needs_total) total.target_total = target.row(row).total();
         set_result<T>(dg_lse, row, total.of_softmax);
@@ -229,14 +257,20 @@ void softmax_double_backward(const Shape& shape, Rows v, Cotangents<T, Target> g
           set_result<T>(dg_ce, row, scaled - total.of_target);
         }
       },
-      [&](int64_t row, int64_t begin, int64_t end, const DoublePartial<A>& total) {
+      [&](int64_t row, int64_t begin, int64_t end, const Partial& total) {
         const T *values = row_of<T>(x, row), *cotangent = row_of<T>(v, row);
         const A l = static_cast<const A*>(lse)[row], a = g.of_softmax(row, total.target_total);
         write_values(static_cast<T*>(dx) + row * shape.columns, begin, end, streamed, [&](auto at) {
-          const Vec<T> softmax = exponentials(at(values, A(0)) - l);
+          const Vec<T> softmax = softmax_at<T>(total.softmax, values, l, at);
           return softmax * a * (at(cotangent, A(0)) - total.of_softmax);
         });
       });
+}
+
+// call(std::true_type or false_type): whether the softmax of a row is kept.
+template <typename Call>
+void with_kept_softmax(const Shape& shape, const Call& call) {
+  shape.columns <= kChunk ? call(std::true_type()) : call(std::false_type());
 }
 
 }  // namespace rds_fast::cpu::RDS_FAST_CAPABILITY

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import accumulation_dtype
-from .batch_norm_backward import batch_norm_backward
+from .batch_norm_backward import batch_norm_backward, batch_norm_input_gradient
 from .batch_norm_double_backward import batch_norm_double_backward
 from .channels import (
     channel_kernel,
@@ -42,7 +42,13 @@ from .channels import (
 )
 from .rows import accumulator, float_pair, tl_float
 
-__all__ = ["batch_norm", "batch_norm_backward", "batch_norm_double_backward", "batch_norm_inference"]
+__all__ = [
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_double_backward",
+    "batch_norm_inference",
+    "batch_norm_input_gradient",
+]
 
 
 @channel_kernel

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import reference
 from ..backends import select
+from .function import Function
 from .logsumexp import LogSumExpBackward, full_precision, saved_logsumexp, with_unit_column_stride
 from .registration import derivative, register, third_derivative
 
@@ -209,7 +209,8 @@ def cross_entropy_with_logsumexp(
         target = with_unit_column_stride(target.to(reference.accumulation_dtype(logits.dtype)))
     else:
         target = target.contiguous()
-    cross_entropy, lse, _ = CrossEntropyWithLogSumExp.apply(
+    cross_entropy, lse, _ = derivative(
+        CrossEntropyWithLogSumExp,
         with_unit_column_stride(logits),
         target,
         float(label_smoothing),
@@ -255,6 +256,9 @@ def check_class_indices(target: Tensor, classes: int, ignore_index: int | None =
         return
     target = _layers(target)[-1]
     if target.is_meta or isinstance(target, torch._subclasses.FakeTensor) or not target.numel():
+        return
+    lowest, highest = torch.aminmax(target)  # one pass, and nothing to allocate, where no row is ignored
+    if lowest >= 0 and highest < classes:
         return
     bad = (target < 0) | (target >= classes)
     if ignore_index is not None:

@@ -17,10 +17,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import reference
 from ..backends import select
+from .function import Function
 from .logsumexp import full_precision, with_unit_column_stride
 from .registration import derivative, register, third_derivative
 
@@ -152,7 +152,7 @@ def gradient_norm(gradient: Tensor, p: float = 2.0, *, power: float = 1) -> Tens
         return reference.gradient_norm(gradient, p, power)
     # A norm does not depend on the order of the elements, so a channels-last gradient need not be copied into rows.
     rows = gradient.reshape(gradient.shape[0], -1) if gradient.is_contiguous() else _rows(gradient)
-    return GradientNorm.apply(rows, p, power, full_precision(gradient), backend)[0]
+    return derivative(GradientNorm, rows, p, power, full_precision(gradient), backend)[0]
 
 
 def check_norm(p: float, power: float) -> None:

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import reference
 from ..backends import select
 from ..reference import accumulation_dtype
+from .function import Function
 from .registration import derivative, register, third_derivative
 
 
@@ -170,13 +170,13 @@ def logsumexp(input: Tensor, dim: int | tuple[int, ...] = -1, keepdim: bool = Fa
         return reference.logsumexp(input, dim, keepdim)
     # The common case, on the short path.
     if input.dim() == 2 and isinstance(dim, int) and dim in (-1, 1) and not keepdim:
-        return LogSumExp.apply(with_unit_column_stride(input), full_precision(input), backend)[0]
+        return derivative(LogSumExp, with_unit_column_stride(input), full_precision(input), backend)[0]
     reduced = _canonical_dims(dim, input.dim())
     kept = [d for d in range(input.dim()) if d not in reduced]
     kept_shape = [input.shape[d] for d in kept]
     rows = input.permute(*kept, *reduced).flatten(len(kept)) if reduced else input.reshape(1, 1)
     rows = with_unit_column_stride(rows.reshape(-1, rows.shape[-1]))
-    result = LogSumExp.apply(rows, full_precision(input), backend)[0]
+    result = derivative(LogSumExp, rows, full_precision(input), backend)[0]
     if keepdim:
         kept_shape = [1 if d in reduced else size for d, size in enumerate(input.shape)]
     return result.reshape(kept_shape)

@@ -155,7 +155,8 @@ class DensityPenalty:
         power: a positive number.
         method: ``"exact"`` or ``"finite_difference"``.
         step_size: h, in the units of x, positive; the length of the step in the norm dual to p.
-        fast: False runs the penalty's own operations (log-sum-exp, norm) on plain PyTorch.
+        fast: False runs the penalty's own operations (log-sum-exp, norm) and the model's layers on plain PyTorch;
+            True runs the exact method's forward under ``rds_fast.fast_double_backward``.
 
     Raises:
         TypeError: x is not a floating-point tensor, or the model does not return one tensor.
@@ -210,7 +211,7 @@ class DensityPenalty:
         _refuse_coarse("x is", x.dtype)
         with without_autocast(x.device):
             random_state = RandomState(x.device)
-            logits = forward(model, base)
+            logits = forward(model, base, twice_differentiable=False)
             _refuse_coarse("the logits are", logits.dtype)
             refuse_normalised(logits)
             cross_entropy, log_sum_exp = _cross_entropy_and_logsumexp(logits, y)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..backends import use_backend
+from ..double_backward import fast_double_backward
 from ..ops.gradient_norm import gradient_norm
 from ..ops.logsumexp import autocast_enabled
 from .checks import check_grad_enabled, check_input, check_logits, no_path
@@ -35,7 +36,7 @@ class PerSample(NamedTuple):
 
 
 def implementation(fast: bool) -> AbstractContextManager[None]:
-    """``fast=False``: the operations inside run on plain PyTorch."""
+    """``fast=False``: the operations inside, and the model's layers, run on plain PyTorch."""
     return nullcontext() if fast else use_backend("reference")
 
 
@@ -50,9 +51,10 @@ def differentiable_input(x: Tensor) -> Tensor:
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
 
-def forward(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The model's logits, checked."""
-    logits = model(x)
+def forward(model: Callable[[Tensor], Tensor], x: Tensor, *, twice_differentiable: bool = True) -> Tensor:
+    """The model's logits, checked; with a fast double backward if they are to be differentiated twice."""
+    with fast_double_backward() if twice_differentiable else nullcontext():
+        logits = model(x)
     check_logits(logits, x)
     if not logits.requires_grad:
         raise no_path()

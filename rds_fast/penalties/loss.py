@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from ..double_backward import fast_double_backward
 from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from .checks import check_input, check_logits
 from .inner_pass import PerSample, differentiable_input, forward, implementation
@@ -48,8 +49,8 @@ class PenalizedLoss:
         penalty: a callable ``penalty(model, x, y)`` to a scalar, such as ``rds_fast.DensityPenalty()``.
         weight: λ, a number that is not negative, or a schedule: a callable of the step, such as
             ``rds_fast.schedules.LinearWarmup``.
-        fast: False runs the loss's and the penalty's own operations (log-sum-exp, cross-entropy, norm) on plain
-            PyTorch.
+        fast: False runs the loss's and the penalty's own operations (log-sum-exp, cross-entropy, norm) and the model's
+            layers on plain PyTorch; True runs what is differentiated twice under ``rds_fast.fast_double_backward``.
 
     Raises:
         TypeError: penalty is not callable, or a weight is not a number.
@@ -123,7 +124,8 @@ class PenalizedLoss:
             check_input(x)
             logits = model(x)
             check_logits(logits, x)
-            penalty = self.penalty(model, x, y)
+            with fast_double_backward():
+                penalty = self.penalty(model, x, y)
         return _mean(cross_entropy_with_logsumexp(logits, y)[0], y), _scalar(penalty), logits
 
 

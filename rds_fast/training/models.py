@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 
 import torch
 from torch import nn
@@ -129,3 +130,22 @@ def build(name: str, image_shape: Shape, classes: int) -> nn.Module:
     """
     check_name("model", name, NAMES)
     return _BUILDERS[name](image_shape, classes)
+
+
+def torchvision_classifier(name: str) -> nn.Module:
+    """A classifier by its name in torchvision, as it is there, without pretrained weights; or one of ``NAMES``.
+
+    Those of ``NAMES`` that torchvision does not have are for 32×32 images of 3 channels, with 10 classes.
+
+    Raises:
+        ValueError: the name is unknown.
+        ImportError: torchvision is not installed.
+    """
+    torchvision = _torchvision_models()
+    names = torchvision.list_models(module=torchvision)
+    check_name("model", name, [*names, *(own for own in NAMES if own not in names)])
+    if name not in names:
+        return build(name, (3, 32, 32), 10)
+    # These two draw their weights from a truncated normal distribution, which takes a minute, and warn of it.
+    slow = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    return cast(nn.Module, torchvision.get_model(name, weights=None, **slow))

@@ -153,7 +153,7 @@ def test_the_mask_is_the_forwards() -> None:
     x = mean + torch.arange(-250, 250)[:, None] * 2.0**-24 * mean.abs()  # steps of about a unit in the last place
     y = batch_norm.batch_norm_inference(x, mean, var, None, bias, None, 1e-5, True)
     one = torch.ones_like(x)
-    gx, *_ = batch_norm.batch_norm_backward(one, x, None, None, bias, mean, var, None, False, 1e-5, True)
+    gx, *_ = batch_norm.batch_norm_backward(one, None, x, None, None, bias, mean, var, None, False, 1e-5, True)
     du, *_ = batch_norm.batch_norm_double_backward(
         one, None, None, None, one, x, None, None, bias, mean, var, False, 1e-5, True
     )

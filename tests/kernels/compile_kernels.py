@@ -1,12 +1,14 @@
 """Compiles what the launchers launch, for a GPU that need not be there, and prints one JSON line for each kernel.
 
-Run by ``test_compile.py`` in processes of their own: ``python compile_kernels.py TARGET``. The launchers are called on
+Run by ``test_compile.py`` in processes of their own: ``python compile_kernels.py TARGET``; files of other families
+beside this one do the same for their own, by way of ``main``. The launchers are called on
 meta tensors while ``JITFunction.run`` records the arguments, so the configurations compiled here are the shipped ones,
 whatever the heuristics table says. A kernel that no case launches is reported with ``"launched": false``.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import math
@@ -15,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import rds_fast.kernels
-from rds_fast.kernels import batch_norm, cross_entropy, gradient_norm, logsumexp, rows
+from rds_fast.kernels import activation, cross_entropy, gradient_norm, logsumexp, rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -93,44 +95,50 @@ def launch_gradient_norm(x: torch.Tensor, v: torch.Tensor, row: torch.Tensor, g:
         gradient_norm.gradient_norm_double_backward(v, g, x, saved, p, power)
 
 
-# Of ResNet-50 at batch 256: the first layers, the last; of ResNet-18 at 32²; an odd number of channels, and planes that
-# no vector load divides, whose masks cost registers; the smallest planes, several channels a run.
-LAYERS = [(256, 64, 56, 56), (256, 2048, 7, 7), (1024, 512, 4, 4), (64, 97, 5, 5)]
-MAIN_LAYER = LAYERS[0]
+def launch_activation(x: torch.Tensor, v: torch.Tensor, row: torch.Tensor, g: torch.Tensor) -> None:
+    """Every activation at one size, which is no part of the code but for its alignment; and at an odd one."""
+    kinds = ("gelu", "gelu_tanh", "silu", "mish", "softplus", "hardswish", "elu", "selu", "sigmoid", "tanh")
+    if tuple(x.shape) == (64, 8192):
+        for kind in kinds:
+            activation.activation_backward(v, x, v, kind, 1.0, 1.0)
+            activation.activation_double_backward(v, v, x, kind, 1.0, 1.0)
+    elif tuple(x.shape) == (64, 10):
+        odd = x[:, :9].contiguous()
+        activation.activation_backward(odd, odd, None, "gelu", 1.0, 1.0)
+        activation.activation_double_backward(odd, odd, odd, "gelu", 1.0, 1.0)
 
 
-def layers(target: str) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """The layers compiled for a target: every one for sm_90, where the kernels are measured first."""
-    if target == "sm_90":
-        cases = [(shape, torch.bfloat16) for shape in LAYERS]
-        return [*cases, (MAIN_LAYER, torch.float32), (MAIN_LAYER, torch.float64)]
-    return [(MAIN_LAYER, torch.bfloat16), (MAIN_LAYER, torch.float32)]
+FAMILIES: tuple[Callable[..., None], ...] = (
+    launch_logsumexp,
+    launch_cross_entropy,
+    launch_gradient_norm,
+    launch_activation,
+)
+
+# Files of kernels that have a ``compile_*.py`` of their own.
+ELSEWHERE = {"channel_sums", "group_norm", "group_norm_backward", "group_norm_double_backward", "group_rows"}
+ELSEWHERE |= {"channels", "batch_norm", "batch_norm_backward", "batch_norm_double_backward"}
 
 
-def launch_batch_norm(x: torch.Tensor) -> None:
-    """Bare, with a ReLU, and with a residual and a ReLU, both in train mode; and eval mode, with all tensors."""
-    c = x.new_empty(x.shape[1], dtype=rows.accumulation_dtype(x.dtype))
-    y = torch.empty_like(x)
-    for residual, relu in ((None, False), (None, True), (y, True)):
-        source = y if residual is not None else None
-        batch_norm.batch_norm(x, c, c, residual, c, c, 0.1, 1e-5, relu)
-        batch_norm.batch_norm_backward(x, x, source, c, c, c, c, x, True, 1e-5, relu)
-        batch_norm.batch_norm_double_backward(x, c, c, residual, x, x, source, c, c, c, c, True, 1e-5, relu)
-    batch_norm.batch_norm_backward(x, x, y, c, c, c, c, x, False, 1e-5, True)
-    batch_norm.batch_norm_double_backward(x, c, c, y, x, x, y, c, c, c, c, False, 1e-5, True)
+def row_cases(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Each input, and what launches the kernels for it."""
+    for (N, C), dtype in sizes_and_dtypes(target):
+        x = torch.empty(N, C, dtype=dtype, device="meta")
+        row = torch.empty(N, dtype=rows.accumulation_dtype(dtype), device="meta")
+        g = torch.empty(N, dtype=dtype, device="meta")
+        for family in FAMILIES:
+            case = f"{N}x{C} {str(dtype).removeprefix('torch.')}"
+            yield case, functools.partial(family, x, torch.empty_like(x), row, g)
 
 
-FAMILIES: tuple[Callable[..., None], ...] = (launch_logsumexp, launch_cross_entropy, launch_gradient_norm)
-
-
-def kernels() -> dict[str, JITFunction]:
-    """Every kernel of the package: every compiled function whose name does not begin with ``tl_``."""
+def kernels(files: Collection[str]) -> dict[str, JITFunction]:
+    """Every kernel of these files: every compiled function whose name does not begin with ``tl_``."""
     found = {}
-    for module_info in pkgutil.iter_modules(rds_fast.kernels.__path__):
-        module = importlib.import_module(f"rds_fast.kernels.{module_info.name}")
+    for file in files:
+        module = importlib.import_module(f"rds_fast.kernels.{file}")
         for name, value in vars(module).items():
             if isinstance(value, JITFunction) and not name.startswith("tl_"):
-                found[f"{module_info.name}.{name}"] = value
+                found[f"{value.__module__.rpartition('.')[2]}.{name}"] = value
     return found
 
 
@@ -141,13 +149,14 @@ def signature(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[dict, dic
     alignments: dict[tuple[int], list] = {}
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if value is None:
-            types[parameter.name] = "constexpr"
-            constants[parameter.name] = None
-        elif isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor):
             types[parameter.name] = _TYPES[value.dtype]
             alignments[(index,)] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or (value == 1 and isinstance(value, int) and not parameter.do_not_specialize):
+        elif (
+            parameter.is_constexpr
+            or value is None
+            or (value == 1 and isinstance(value, int) and not parameter.do_not_specialize)
+        ):
             types[parameter.name] = "constexpr"
             constants[parameter.name] = value
         elif isinstance(value, int):
@@ -157,9 +166,11 @@ def signature(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[dict, dic
     return types, constants, alignments
 
 
-def recorded_launches(target: str) -> Iterator[tuple[str, dict, dict, dict, int, str]]:
+def recorded_launches(
+    files: Collection[str], cases: Iterable[tuple[str, Callable[[], None]]]
+) -> list[tuple[str, dict, dict, dict, int, str]]:
     """What to compile: kernel, signature and warps of each distinct launch, and the first input that led to it."""
-    names = {id(kernel): name for name, kernel in kernels().items()}
+    names = {id(kernel): name for name, kernel in kernels(files).items()}
     launches: list[tuple] = []
     seen = set()
 
@@ -172,19 +183,11 @@ def recorded_launches(target: str) -> Iterator[tuple[str, dict, dict, dict, int,
 
     run, JITFunction.run = JITFunction.run, record
     try:
-        for (N, C), dtype in sizes_and_dtypes(target):
-            case = f"{N}x{C} {str(dtype).removeprefix('torch.')}"
-            x = torch.empty(N, C, dtype=dtype, device="meta")
-            row = torch.empty(N, dtype=rows.accumulation_dtype(x), device="meta")
-            for family in FAMILIES:
-                family(x, torch.empty_like(x), row, torch.empty(N, dtype=dtype, device="meta"))
-        for shape, dtype in layers(target):
-            for memory_format in (torch.channels_last, torch.contiguous_format):
-                case = f"{shape} {memory_format} {dtype}".replace("torch.", "")
-                launch_batch_norm(torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format))
+        for case, launch_kernels in cases:  # noqa: B007
+            launch_kernels()
     finally:
         JITFunction.run = run
-    yield from launches
+    return launches
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -202,10 +205,10 @@ def resources(cubin: bytes) -> dict[str, int]:
     }
 
 
-def compile_launch(target_name: str, launch: tuple) -> dict[str, Any]:
+def compile_launch(target_name: str, files: Collection[str], launch: tuple) -> dict[str, Any]:
     name, types, constants, alignments, num_warps, case = launch
     target = TARGETS[target_name]
-    source = ASTSource(kernels()[name], types, constants, alignments)
+    source = ASTSource(kernels(files)[name], types, constants, alignments)
     compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
     report = {"kernel": name, "case": case, "launched": True, "num_warps": num_warps}
     if target.backend == "cuda":
@@ -213,14 +216,15 @@ def compile_launch(target_name: str, launch: tuple) -> dict[str, Any]:
     return report | {"bytes": len(compiled.asm["hsaco"])}
 
 
-def main(target: str) -> None:
-    launches = list(recorded_launches(target))
-    for name in kernels().keys() - {launch[0] for launch in launches}:
+def main(target: str, files: Collection[str], cases: Iterable[tuple[str, Callable[[], None]]]) -> None:
+    launches = recorded_launches(files, cases)
+    for name in kernels(files).keys() - {launch[0] for launch in launches}:
         print(json.dumps({"kernel": name, "launched": False}))
     with ProcessPoolExecutor(2) as pool:
-        for report in pool.map(compile_launch, [target] * len(launches), launches, chunksize=4):
+        for report in pool.map(functools.partial(compile_launch, target, files), launches, chunksize=4):
             print(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    every = {module.name for module in pkgutil.iter_modules(rds_fast.kernels.__path__)}
+    main(sys.argv[1], sorted(every - ELSEWHERE), row_cases(sys.argv[1]))

@@ -1,0 +1,142 @@
+"""``fuse`` and ``fusion_report``."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .modules import FusedForward
+from .patterns import Fusion, Left
+from .planning import Plan, why_not_plain
+
+
+def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Batch norm → ReLU, batch norm → add → ReLU and batch norm → add as single operations, at every order.
+
+    The fused operation reads and writes less: the normalised tensor is never stored, and the ReLU's mask is recomputed.
+    Values, gradients, second derivatives and running statistics are the model's own; third derivatives raise.
+
+    Every module keeps its place, its parameters and buffers, and its meaning: the state dict is the same, and a layer
+    called on its own does what it did. What changes is the forward of the modules that call the batch norms (a residual
+    block, a Sequential), which torch.fx traces one at a time. What cannot be traced, or watches its layers by hooks, is
+    left as it is; ``fusion_report`` says why. Two things are fixed when a forward is traced: the branches that it takes
+    by its own attributes, and the number of its submodules. Where either changes later, the original forward runs; call
+    ``fuse`` again to have it fused anew.
+
+    Of two batch norms that are added (a residual block with a projection) one takes the addition in: the one called by
+    the block itself before one at the end of a Sequential, else the one computed last.
+
+    Args:
+        model: any module. A model that is fused already stays so.
+        inplace: fuse the model itself; default: a copy, which shares nothing with the model.
+
+    Returns:
+        The fused model, in train or eval mode as the model is.
+
+    Raises:
+        TypeError: the model is not a torch.nn.Module.
+        RuntimeError: it was compiled or scripted, wholly or in part.
+    """
+    _check(model)
+    fused = model if inplace else copy.deepcopy(model)
+    Plan(fused).apply()
+    return fused
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One batch norm.
+
+    name: its path. fusions: what it is fused with, ``"batch norm → ReLU"`` for example, mostly one; more where it is
+    called in several places, and none where it is left. reason: why it, or one of its calls, is left; else empty.
+    done: whether it is fused now; False: ``fuse`` would do so.
+    """
+
+    name: str
+    fusions: tuple[str, ...]
+    reason: str
+    done: bool
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """Every batch norm of a model, in the order of its modules; ``str`` gives a table."""
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def fused(self) -> tuple[LayerReport, ...]:
+        """Those that are fused, or would be."""
+        return tuple(layer for layer in self.layers if layer.fusions)
+
+    @property
+    def left(self) -> tuple[LayerReport, ...]:
+        """Those that stay as they are."""
+        return tuple(layer for layer in self.layers if not layer.fusions)
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "no batch norm"
+        width = max(len(layer.name) for layer in self.layers)
+        lines = [f"{layer.name:{width}}  {_in_words(layer)}" for layer in self.layers]
+        counts = Counter(fusion for layer in self.layers for fusion in layer.fusions)
+        kinds = f" ({', '.join(f'{count} {fusion}' for fusion, count in counts.items())})" if counts else ""
+        verb = "fused" if all(layer.done for layer in self.fused) else "nn.fuse would fuse"
+        return "\n".join([*lines, f"{verb} {len(self.fused)} of {len(self.layers)} batch norms{kinds}"])
+
+
+def _in_words(layer: LayerReport) -> str:
+    if not layer.fusions:
+        return f"left: {layer.reason}"
+    words = ", ".join(layer.fusions) + ("" if layer.done else " (would be fused)")
+    return f"{words}; one call left: {layer.reason}" if layer.reason else words
+
+
+def fusion_report(model: nn.Module) -> FusionReport:
+    """What ``fuse`` has done to a model, or would do, and what is left and why. Nothing is changed and nothing run.
+
+    Args:
+        model: a module, fused or not. What was changed since it was fused shows as not yet done.
+
+    Raises:
+        TypeError, RuntimeError: as ``fuse``.
+    """
+    _check(model)
+    plan = Plan(model)
+    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    return FusionReport(tuple(_layer(plan, path, module) for path, module in layers))
+
+
+def _layer(plan: Plan, path: str, module: _BatchNorm) -> LayerReport:
+    reason = why_not_plain(module)
+    if reason is not None:
+        return LayerReport(path, (), reason, False)
+    resolved = plan.resolve(module)
+    fusions = dict.fromkeys(str(outcome) for _, outcome in resolved if isinstance(outcome, Fusion))
+    reasons = dict.fromkeys(outcome.reason for _, outcome in resolved if isinstance(outcome, Left))
+    callers = [caller for caller, outcome in resolved if isinstance(outcome, Fusion)]
+    done = bool(callers) and all(isinstance(caller, FusedForward) for caller in callers)
+    return LayerReport(path, tuple(fusions), "; ".join(reasons), done)
+
+
+def _check(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    for module in model.modules():
+        # By name: importing torch._dynamo for isinstance takes a second.
+        if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
+            raise RuntimeError(
+                f"the model holds a compiled {type(getattr(module, '_orig_mod', module)).__name__} (torch.compile), "
+                "whose forward is fixed; fuse the model first and compile it then (compiled_model._orig_mod is the "
+                "model that was not compiled)"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise RuntimeError(
+                f"the model holds a scripted {module.original_name} (torch.jit), whose forward cannot be changed; "
+                "fuse the Python model"
+            )

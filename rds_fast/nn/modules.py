@@ -1,0 +1,237 @@
+"""The modules of a fused model: batch norms that take in what follows them, and modules that hand it to them.
+
+A fused model has the same module objects at the same paths as the plain one, and each means what it meant: a fused
+batch norm called on its own is a batch norm, and a ReLU stays where it was. What changes is the ``forward`` of the
+modules that call them, which is generated from a trace of the original. Wherever a condition under which it was traced
+does not hold, the original ``forward`` runs: it is still there, and it is always right.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.batch_norm import batch_norm
+
+
+class Epilogue(NamedTuple):
+    """What follows a batch norm: ``+ residual`` (in place or not), then ReLU; either may be missing."""
+
+    residual: Tensor | None = None
+    in_place: bool = False
+    relu: bool = False
+
+    def apply(self, output: Any) -> Any:
+        """The plain composition."""
+        if self.residual is not None and self.in_place:
+            output += self.residual  # as the model had it: the sum has output's shape and dtype, or it is an error
+        elif self.residual is not None:
+            output = output + self.residual
+        return torch.relu(output) if self.relu else output
+
+
+def _takes(epilogue: Epilogue, input: Tensor) -> bool:
+    """Whether the fused operation computes the same: no broadcasting, no promotion."""
+    residual = epilogue.residual
+    return residual is None or (
+        isinstance(residual, Tensor)
+        and residual.shape == input.shape
+        and residual.dtype == input.dtype
+        and residual.device == input.device
+    )
+
+
+class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm, with the addition and the ReLU that follow it in one operation where a caller hands them over."""
+
+    def forward(self, input: Tensor, epilogue: Epilogue | None = None) -> Tensor:
+        if epilogue is None:
+            return super().forward(input)
+        if not _takes(epilogue, input):
+            return epilogue.apply(super().forward(input))
+        self._check_input_dim(input)
+        tracked = not self.training or self.track_running_stats
+        return batch_norm(
+            input,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
+            self.weight,
+            self.bias,
+            self.training or (self.running_mean is None and self.running_var is None),
+            self._share_of_the_batch(),
+            self.eps,
+            residual=epilogue.residual,
+            relu=epilogue.relu,
+        )
+
+    def _share_of_the_batch(self) -> float:
+        """The factor of the running statistics' update, after counting the batch; momentum None: a plain average."""
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                return 1.0 / float(self.num_batches_tracked)
+        return 0.0 if self.momentum is None else self.momentum
+
+
+class FusedBatchNorm1d(FusedBatchNorm, nn.BatchNorm1d):
+    pass
+
+
+class FusedBatchNorm2d(FusedBatchNorm, nn.BatchNorm2d):
+    pass
+
+
+class FusedBatchNorm3d(FusedBatchNorm, nn.BatchNorm3d):
+    pass
+
+
+FUSED: dict[type[nn.Module], type[FusedBatchNorm]] = {
+    nn.BatchNorm1d: FusedBatchNorm1d,
+    nn.BatchNorm2d: FusedBatchNorm2d,
+    nn.BatchNorm3d: FusedBatchNorm3d,
+}
+
+
+class Variant(NamedTuple):
+    """The generated forward for one training flag and one type of arguments, as source and the globals it names."""
+
+    training: bool
+    arguments: type
+    source: str
+    globals: tuple[tuple[str, Any], ...]
+
+
+class Blueprint(NamedTuple):
+    """All that a generated forward is made of, and the number of arguments and submodules it was traced with."""
+
+    variants: tuple[Variant, ...]
+    arity: int
+    children: int
+    ends_in_batch_norm: bool
+
+
+class _Import(NamedTuple):
+    """A Python module by its name: modules themselves can be neither pickled nor copied."""
+
+    name: str
+
+
+def global_by_name(value: Any) -> Any:
+    """A global of generated code in the form in which a Blueprint keeps it."""
+    return _Import(value.__name__) if isinstance(value, ModuleType) else value
+
+
+class FusedForward(nn.Module):
+    """A module whose forward was generated. ``fused_class`` makes its subclasses, each of a module's own class too."""
+
+    original: ClassVar[type[nn.Module]]
+    blueprint: ClassVar[Blueprint]
+    functions: ClassVar[dict[tuple[bool, type], Callable[..., Any]]]
+
+    def forward(self, *args: Any, epilogue: Epilogue | None = None, **kwargs: Any) -> Any:
+        function = None if kwargs else self._generated(args)
+        if function is None:
+            output = super().forward(*args, **kwargs)
+            return output if epilogue is None else epilogue.apply(output)
+        return function(self, *args, epilogue) if self.blueprint.ends_in_batch_norm else function(self, *args)
+
+    def _generated(self, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+        """The forward that was traced under what holds now; None where there is none."""
+        if len(args) != self.blueprint.arity or len(self._modules) != self.blueprint.children:
+            return None
+        kinds = {Tensor if isinstance(argument, Tensor) else type(argument) for argument in args}
+        return self.functions.get((self.training, kinds.pop())) if len(kinds) == 1 else None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        self._unless_internal(name)
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self._unless_internal(name)
+
+    def _unless_internal(self, name: str) -> None:
+        """An attribute on which the original forward may depend was changed, so the trace may be out of date."""
+        if name != "training" and name not in _INTERNAL and not hasattr(nn.Module, name):
+            self.__class__ = self.original  # type: ignore[assignment]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        construct, (_, *arguments), *state = reduced
+        return _reconstruct, (construct, self.original, self.blueprint, *arguments), *state
+
+
+_INTERNAL = frozenset(vars(nn.Module())) | {"_is_full_backward_hook"}
+
+
+def _reconstruct(construct: Callable[..., Any], original: type, blueprint: Blueprint, *arguments: Any) -> Any:
+    """Inverse of ``FusedForward.__reduce_ex__``, for copies and pickles."""
+    return construct(fused_class(original, blueprint), *arguments)
+
+
+@functools.cache
+def _function(source: str, named: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    namespace: dict[str, Any] = {
+        name: importlib.import_module(value.name) if isinstance(value, _Import) else value for name, value in named
+    }
+    exec(compile(source, "<rds_fast.nn.fuse>", "exec"), namespace)
+    function: Callable[..., Any] = namespace["forward"]
+    return function
+
+
+@functools.cache
+def fused_class(original: type, blueprint: Blueprint) -> type[FusedForward]:
+    """``original`` with the forward of ``blueprint``."""
+    functions = {(v.training, v.arguments): _function(v.source, v.globals) for v in blueprint.variants}
+    attributes = {
+        "original": original,
+        "blueprint": blueprint,
+        "functions": functions,
+        "__module__": __name__,
+        "__doc__": original.__doc__,
+    }
+    return type(f"Fused{original.__name__}", (FusedForward, original), attributes)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has, or had before it was fused."""
+    if isinstance(module, FusedForward):
+        return module.original
+    return next((plain for plain, fused in FUSED.items() if type(module) is fused), type(module))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches the calls of a module, so that its own output must be seen."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+# The two functions that generated code calls. They look at the modules as these are now.
+
+
+def finish(module: nn.Module, epilogue: Epilogue | None, *args: Any) -> Any:
+    """``module(*args)``, then the epilogue; in one operation where ``module`` is or ends in a fused batch norm."""
+    if epilogue is None:
+        return module(*args)
+    fused = isinstance(module, FusedBatchNorm) or (
+        isinstance(module, FusedForward) and module.blueprint.ends_in_batch_norm
+    )
+    if fused and not has_hooks(module):
+        return module(*args, epilogue=epilogue)
+    return epilogue.apply(module(*args))
+
+
+def with_epilogue(
+    module: nn.Module, relu: nn.Module | bool, residual: Tensor | None, in_place: bool, *args: Any
+) -> Any:
+    """``module(*args)``, ``+ residual`` unless it is None, then ``relu``: a module, or whether there is one."""
+    if isinstance(relu, nn.Module) and (type(relu) is not nn.ReLU or has_hooks(relu)):
+        return relu(finish(module, None if residual is None else Epilogue(residual, in_place), *args))
+    return finish(module, Epilogue(residual, in_place, relu is not False), *args)

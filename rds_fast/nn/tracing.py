@@ -1,0 +1,183 @@
+"""The forward of one module as a graph, in which every module that it calls is one node.
+
+Only what the forward itself does is recorded, so that the modules that it calls keep their own say: their training
+flags, their branches on data, their hooks. A trace is taken for a fixed training flag and a fixed type of arguments;
+whatever else could make it wrong without an error makes it fail instead:
+
+- the type of an intermediate value is asked for, an attribute is set, a random number is drawn;
+- gradients, autocast or saved-tensor hooks (checkpointing) are switched inside the forward, which a graph cannot say.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import inspect
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+
+from .modules import original_class
+
+
+class Untraceable(Exception):
+    """Why a forward cannot be represented by a graph."""
+
+
+_COPYING = ("__deepcopy__", "__reduce__", "__reduce_ex__")
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def __init__(self, module: nn.Module, names: list[str], arguments: type) -> None:
+        super().__init__()
+        self.module = module
+        self.names = names
+        self.arguments = arguments
+        self.asked_for_types = False
+        self.modes = _modes()
+        self.placeholders: set[int] = set()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in self.names]
+        self.placeholders = {id(proxy) for proxy in proxies}
+        # Parameters that have defaults get these: a call that gives them is not one that the graph serves.
+        return original_class(self.module).forward, [self.module, *proxies]
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes:
+            raise Untraceable("it switches gradients, autocast or saved-tensor hooks")
+        return super().create_node(*args, **kwargs)
+
+    def isinstance(self, value: Any, types: Any) -> bool:
+        """The answer that the forward gets: placeholders are of the type that the graph is traced for."""
+        if not builtins.isinstance(value, fx.Proxy):
+            return builtins.isinstance(value, types)
+        if id(value) not in self.placeholders:
+            raise Untraceable("it asks for the type of a value that it computes")
+        self.asked_for_types = True
+        return issubclass(self.arguments, types)
+
+
+def _modes() -> tuple[Any, ...]:
+    autocast = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast, hooks
+
+
+def argument_names(module: nn.Module) -> list[str]:
+    """The arguments that a module's forward cannot do without."""
+    kinds = inspect.Parameter
+    names = []
+    for parameter in list(inspect.signature(original_class(module).forward).parameters.values())[1:]:
+        if parameter.kind == kinds.VAR_POSITIONAL:
+            raise Untraceable(f"it takes *{parameter.name}")
+        if parameter.default is kinds.empty and parameter.kind == kinds.KEYWORD_ONLY:
+            raise Untraceable(f"it needs the keyword {parameter.name}")
+        if parameter.default is kinds.empty and parameter.kind != kinds.VAR_KEYWORD:
+            names.append(parameter.name)
+    return names
+
+
+def trace(module: nn.Module) -> dict[tuple[bool, type], fx.Graph]:
+    """The graphs of a module's forward, by training flag and type of the arguments (all Tensors or all lists).
+
+    Raises:
+        Untraceable: with the reason.
+    """
+    if isinstance(module, fx.GraphModule):
+        raise Untraceable("it is a torch.fx.GraphModule; fuse the model before it is traced")
+    if any(getattr(original_class(module), name, None) is not getattr(nn.Module, name, None) for name in _COPYING):
+        raise Untraceable("it has a way of its own to be copied or pickled")
+    if "forward" in vars(module):
+        raise Untraceable("its forward was set on the instance")
+    names = argument_names(module)
+    graphs: dict[tuple[bool, type], fx.Graph] = {}
+    for training in (False, True):
+        graphs[training, Tensor], asked = _trace(module, names, training, Tensor)
+        if asked:
+            with contextlib.suppress(Untraceable):  # then lists take the original forward
+                graphs[training, list] = _trace(module, names, training, list)[0]
+    return graphs
+
+
+def _trace(module: nn.Module, names: list[str], training: bool, arguments: type) -> tuple[fx.Graph, bool]:
+    tracer = _Tracer(module, names, arguments)
+    was_training = module.training
+    module.training = training
+    try:
+        with _without_side_effects(module), _answering(tracer, module):
+            graph = tracer.trace(module)
+    except Untraceable:
+        raise
+    except Exception as error:  # whatever the forward of a stranger raises when it is given symbols
+        line = next(iter(str(error).splitlines()), "")
+        raise Untraceable(f"{type(error).__name__}: {line}") from error
+    finally:
+        module.training = was_training
+    return graph, tracer.asked_for_types
+
+
+@contextlib.contextmanager
+def _answering(tracer: _Tracer, module: nn.Module) -> Iterator[None]:
+    """Let ``isinstance`` and ``torch.is_tensor`` in the module's own code be answered by the tracer."""
+    files = {parent.__module__ for parent in original_class(module).__mro__}
+    with contextlib.ExitStack() as stack:
+        for name in files:
+            if name in sys.modules and name.partition(".")[0] not in ("torch", "builtins"):
+                namespace = vars(sys.modules[name])
+                if "isinstance" not in namespace:
+                    stack.enter_context(mock.patch.dict(namespace, {"isinstance": tracer.isinstance}))
+        is_tensor = mock.patch.object(torch, "is_tensor", lambda value: tracer.isinstance(value, Tensor))
+        stack.enter_context(is_tensor)
+        yield
+
+
+@contextlib.contextmanager
+def _without_side_effects(module: nn.Module) -> Iterator[None]:
+    """Undo what a forward does to its module and to the random generators, and refuse to go on if it did anything."""
+    attributes = dict(vars(module))
+    contents = {name: dict(value) for name, value in attributes.items() if isinstance(value, dict)}
+    python, generator = random.getstate(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        changed = _changed(attributes, vars(module)) or next(
+            (name for name, content in contents.items() if _changed(content, attributes[name])), None
+        )
+        if changed is not None:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, content in contents.items():
+                attributes[name].clear()
+                attributes[name].update(content)
+        drew = random.getstate() != python or not torch.equal(torch.get_rng_state(), generator)
+        random.setstate(python)
+        torch.set_rng_state(generator)
+    if changed is not None:
+        raise Untraceable(f"it sets the attribute {changed}")
+    if drew:
+        raise Untraceable("it draws random numbers")
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """A name whose value is not the same object any more."""
+    missing = object()
+    names = before.keys() | now.keys()
+    return next((name for name in names if before.get(name, missing) is not now.get(name, missing)), None)
+
+
+def is_container(module: nn.Module) -> bool:
+    """Whether a module has a forward of its own that may call batch norms below it."""
+    below = list(module.modules())[1:]
+    defined = original_class(module).forward is not nn.Module.forward
+    return defined and any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in below)

@@ -1,0 +1,392 @@
+"""Batch norm, with a sum and a ReLU after it if wanted, differentiable twice.
+
+For a channel with M values, means over the channel, r = (var + ε)^−½, x̂ = (x − mean) r and
+
+    z = γ x̂ + β + residual,   y = z, or y = m z with the mask m = [z > 0] where a ReLU follows;
+
+u the cotangent of y, u' = m u, and P(t) = t − mean(t) − x̂ mean(t x̂):
+
+    backward           gx = γ r P(u'),   gγ = Σ u' x̂,   gβ = Σ u',   gresidual = u'
+    double backward    for v, the cotangent of gx, cᵤ = mean(u' x̂), cᵥ = mean(v x̂),
+                       cᵤᵥ = mean(u' v) − mean(u') mean(v) − cᵤ cᵥ:
+                       du = m γ r P(v),   dγ = r M cᵤᵥ,   dx = −γ r² (cᵤᵥ x̂ + cᵥ P(u') + cᵤ P(v))
+                       for a, b and c, the cotangents of gγ, gβ and gresidual:
+                       du += m (a x̂ + b + c),   dx += a r P(u')
+
+In eval mode mean and r are constants: P drops out, dγ = r Σ u' v and dx = a r u' alone.
+
+The mask is not stored: it is recomputed from x or, where a residual was added, read off y.
+
+The kernels also do sums that autograd's engine would else do in passes of its own. The forward returns an alias of x,
+which the backward works on: so dx, from the double backward, comes back to the forward's own node together with the
+cotangent of y, and is added there. And where a residual block's result goes two ways, into the next block and past it,
+the two get different aliases of y, and the two cotangents meet in the kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..backends import select_for_layer
+from ..reference import accumulation_dtype
+from .aliases import offer_alias, take_alias
+from .function import Function
+from .recompute import attach
+from .registration import derivative, register, third_derivative
+
+
+def _statistics_like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1], dtype=accumulation_dtype(x.dtype))
+
+
+# x: (N, C, ...), contiguous or channels-last; every other argument of its shape has its dtype and strides, and so have
+# such results. All that is (C,) is contiguous and of the accumulation dtype.
+_forward = register(
+    "batch_norm",
+    "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, float momentum, float eps, bool relu, str backend) "
+    "-> (Tensor y, Tensor mean, Tensor var)",
+    lambda x, *_: (torch.empty_like(x), _statistics_like(x), _statistics_like(x)),
+    row_wise=False,
+)
+
+_inference = register(
+    "batch_norm",
+    "batch_norm_inference(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual, "
+    "float eps, bool relu, str backend) -> Tensor",
+    lambda x, *_: torch.empty_like(x),
+    row_wise=False,
+)
+
+
+def _backward_fake(u: Tensor, other_u: Any, x: Tensor, y: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
+    gresidual = x.new_empty(0) if y is None else torch.empty_like(x)
+    return torch.empty_like(x), _statistics_like(x), _statistics_like(x), gresidual
+
+
+# y is given where a residual was added before the ReLU; then the cotangent of y may come in two parts, u and other_u.
+# gresidual has no elements where y is not given.
+_backward = register(
+    "batch_norm",
+    "batch_norm_backward(Tensor u, Tensor? other_u, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, "
+    "Tensor var, Tensor? x_cotangent, bool training, float eps, bool relu, str backend) "
+    "-> (Tensor gx, Tensor gweight, Tensor gbias, Tensor gresidual)",
+    _backward_fake,
+    row_wise=False,
+)
+
+
+def _double_backward_fake(
+    v: Tensor | None, vweight: Tensor | None, vbias: Any, vresidual: Any, u: Tensor, x: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    training = rest[5]
+    dx = torch.empty_like(x) if training or vweight is not None else x.new_empty(0)
+    return torch.empty_like(x), dx, _statistics_like(x)
+
+
+# u is gresidual where y is given. dx has no elements in eval mode without vweight.
+_double_backward = register(
+    "batch_norm",
+    "batch_norm_double_backward(Tensor? v, Tensor? vweight, Tensor? vbias, Tensor? vresidual, Tensor u, Tensor x, "
+    "Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, bool training, float eps, bool relu, "
+    "str backend) -> (Tensor du, Tensor dx, Tensor dweight)",
+    _double_backward_fake,
+    row_wise=False,
+)
+
+
+# gx again, in one pass, from the sums that the backward found. relu: u is to be masked, by x.
+_input_gradient = register(
+    "batch_norm",
+    "batch_norm_input_gradient(Tensor u, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+    "Tensor gweight, Tensor gbias, bool training, float eps, bool relu, str backend) -> Tensor gx",
+    lambda u, x, *_: torch.empty_like(x),
+    row_wise=False,
+)
+
+
+class BatchNorm(Function):
+    """x (N, C, ...) to y, an alias of y, and what the backward needs: an alias of x, mean (C,) and var (C,)."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        relu: bool,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        if training:
+            y, mean, var = _forward(x, weight, bias, residual, running_mean, running_var, momentum, eps, relu, backend)
+        else:
+            assert running_mean is not None  # the public function saw to it
+            assert running_var is not None
+            y = _inference(x, running_mean, running_var, weight, bias, residual, eps, relu, backend)
+            mean, var = running_mean.detach(), running_var.detach()
+        return y, y.detach(), x.detach(), mean, var
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        weight, bias, residual = inputs[1:4]
+        y, _, x, mean, var = output
+        *_, ctx.training, _, ctx.eps, ctx.relu, ctx.backend = inputs
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        mask_source = y if ctx.relu and residual is not None else None
+        ctx.save_for_backward(x, mask_source, weight, bias, mean, var)
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor | None, other_u: Tensor | None, x_cotangent: Tensor | None, *_: Any) -> Any:
+        rest = (None,) * 7
+        if u is None:
+            u, other_u = other_u, None
+        if u is None:
+            return x_cotangent, None, None, None, *rest
+        x, y, weight, bias, mean, var = ctx.saved_tensors
+        if other_u is not None and y is None:
+            u, other_u = u + other_u, None
+        u = laid_out_like(u, x)
+        if other_u is not None:
+            other_u = laid_out_like(other_u, x)
+        if x_cotangent is not None:
+            x_cotangent = laid_out_like(x_cotangent, x)
+        gx, gweight, gbias, gresidual = derivative(
+            BatchNormBackward,
+            *(u, other_u, x, y, weight, bias, mean, var, x_cotangent, ctx.training, ctx.eps, ctx.relu, ctx.backend),
+        )
+        if torch.is_grad_enabled() and x_cotangent is None:
+            masked = u if y is None else gresidual
+            rebuild = functools.partial(_gradient_again, ctx.training, ctx.eps, ctx.relu and y is None, ctx.backend)
+            attach(gx, rebuild, masked, x, weight, bias, mean, var, gweight, gbias, like=1)
+        needs = ctx.needs_input_grad
+        return (
+            gx,
+            gweight if needs[1] else None,
+            gbias if needs[2] else None,
+            (u if y is None else gresidual) if needs[3] else None,
+            *rest,
+        )
+
+
+class BatchNormBackward(Function):
+    """gx, gγ, gβ, and gresidual if y is given; mean and var are functions of x, and dx the total derivative."""
+
+    @staticmethod
+    def forward(
+        u: Tensor,
+        other_u: Tensor | None,
+        x: Tensor,
+        y: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        x_cotangent: Tensor | None,
+        training: bool,
+        eps: float,
+        relu: bool,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        return _backward(u, other_u, x, y, weight, bias, mean, var, x_cotangent, training, eps, relu, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        u, _, x, y, weight, bias, mean, var, _, *ctx.options = inputs
+        gresidual = output[3]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(u if y is None else gresidual, x, y, weight, bias, mean, var)
+
+    @staticmethod
+    def backward(
+        ctx: Any, v: Tensor | None, vweight: Tensor | None, vbias: Tensor | None, vresidual: Tensor | None
+    ) -> Any:
+        rest = (None,) * 4
+        if all(cotangent is None for cotangent in (v, vweight, vbias, vresidual)):
+            return *(None,) * 9, *rest
+        saved = ctx.saved_tensors
+        v, vresidual = (None if t is None else laid_out_like(t, saved[1]) for t in (v, vresidual))
+        du, dx, dweight = derivative(BatchNormDoubleBackward, v, vweight, vbias, vresidual, *saved, *ctx.options)
+        needs = ctx.needs_input_grad
+        return (
+            du,
+            du if needs[1] else None,
+            dx if dx.numel() else None,
+            None,
+            dweight if needs[4] else None,
+            None,
+            None,
+            None,
+            v if needs[8] else None,
+            *rest,
+        )
+
+
+class BatchNormDoubleBackward(Function):
+    """du, dx, dγ: the last derivative."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _double_backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise third_derivative("batch norm")
+
+
+def _gradient_again(
+    training: bool,
+    eps: float,
+    relu: bool,
+    backend: str,
+    u: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    gweight: Tensor,
+    gbias: Tensor,
+) -> Tensor:
+    """gx from u, masked already unless the mask is that of a ReLU without residual."""
+    if not torch.is_grad_enabled():
+        return _input_gradient(u, x, weight, bias, mean, var, gweight, gbias, training, eps, relu, backend)
+    return derivative(BatchNormBackward, u, None, x, None, weight, bias, mean, var, None, training, eps, relu, backend)[
+        0
+    ]
+
+
+def _output_again(
+    training: bool,
+    eps: float,
+    relu: bool,
+    backend: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+) -> Tensor:
+    """y, where no residual was added."""
+    if not torch.is_grad_enabled():
+        return _inference(x, mean, var, weight, bias, None, eps, relu, backend)
+    statistics = (None, None) if training else (mean, var)  # the batch's own, which depend on x, are computed again
+    return BatchNorm.apply(x, weight, bias, None, *statistics, training, 0.0, eps, relu, backend)[0]
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The format of the kernels that is nearest to x: channels-last if x is dense in it alone, else contiguous."""
+    for channels_last in (torch.channels_last, torch.channels_last_3d):
+        if (
+            x.dim() == (4 if channels_last == torch.channels_last else 5)
+            and not x.is_contiguous()
+            and x.is_contiguous(memory_format=channels_last)
+        ):
+            return channels_last
+    return torch.contiguous_format
+
+
+def laid_out_like(t: Tensor, x: Tensor) -> Tensor:
+    """t in the dtype and memory format of x; t itself where it is that already."""
+    return t.to(x.dtype).contiguous(memory_format=memory_format(x))
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """``torch.nn.functional.batch_norm`` and, in the same pass, ``+ residual`` and ReLU.
+
+    Differentiable twice in reverse mode; a third derivative raises. Where the fused operation does not apply (no kernel
+    for the device, transformations of ``torch.func``, empty input) PyTorch's own functions run, one after the other.
+
+    Args:
+        input: (N, C, ...); float64, float32, bfloat16 or float16. Statistics and sums are kept in float32 (float64 for
+            float64).
+        running_mean, running_var: (C,), updated in place in train mode, or None.
+        weight, bias: γ and β, (C,), or None.
+        training: normalise by the batch's own statistics.
+        momentum: the share of the batch in the running statistics.
+        eps: ε, added to the variance.
+        residual: of input's shape; added after β.
+        relu: whether a ReLU comes last.
+
+    Returns:
+        Of input's shape and dtype.
+
+    Raises:
+        As ``torch.nn.functional.batch_norm``. ValueError: the residual is not of input's shape and dtype.
+    """
+    if residual is not None and (residual.shape != input.shape or residual.dtype != input.dtype):
+        raise ValueError(
+            f"residual is {tuple(residual.shape)} of {residual.dtype}; it must be as the input, "
+            f"{tuple(input.shape)} of {input.dtype}"
+        )
+    backend = select_for_layer(input)
+    if backend == "reference" or not _has_kernel(input, running_mean, running_var, weight, bias, training, eps):
+        y = functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        y = y if residual is None else y + residual
+        return torch.relu(y) if relu else y
+    x = input.contiguous(memory_format=memory_format(input))
+    accumulated = accumulation_dtype(x.dtype)
+    statistics = [None if t is None else t.to(accumulated).contiguous() for t in (running_mean, running_var)]
+    weight, bias = (None if t is None else t.to(accumulated).contiguous() for t in (weight, bias))
+    if residual is not None:
+        residual = laid_out_like(take_alias(residual), x)
+    y, y_alias, x_alias, mean, var = BatchNorm.apply(
+        x, weight, bias, residual, *statistics, training, momentum, eps, relu, backend
+    )
+    if y.requires_grad and residual is None:
+        rebuild = functools.partial(_output_again, training, eps, relu, backend)
+        attach(y, rebuild, x_alias, weight, bias, mean, var, like=0)
+    if y.requires_grad and residual is not None and relu:
+        offer_alias(y, y_alias)
+    if training:
+        for own, updated in zip((running_mean, running_var), statistics, strict=True):
+            if own is not None and updated is not None and own is not updated:
+                own.copy_(updated)
+    return y
+
+
+def _has_kernel(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+) -> bool:
+    """Whether the arguments are such as the kernels take; PyTorch's function sees to the errors of all others."""
+    if not (input.dim() >= 2 and input.numel() > 0 and input.is_floating_point() and input.dim() <= 5):
+        return False
+    channels = (input.shape[1],)
+    given = [t for t in (running_mean, running_var, weight, bias) if t is not None]
+    if not all(t.is_floating_point() and t.shape == channels and t.device == input.device for t in given):
+        return False
+    if (running_mean is None) != (running_var is None):
+        return False
+    return (input.numel() > channels[0] and eps > 0) if training else (running_mean is not None and eps >= 0)

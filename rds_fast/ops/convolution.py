@@ -1,0 +1,236 @@
+"""Convolution whose double backward costs what a backward costs.
+
+A convolution y = w∗x is bilinear. With g the cotangent of y:
+
+    backward           gx = wᵀ∗g,   gw = W(x, g)    (W: the weight-gradient routine)
+    double backward    for v, the cotangent of gx:   dg = w∗v,   dw = W(v, g)
+                       for V, the cotangent of gw:   dg += V∗x,  dx = Vᵀ∗g
+
+PyTorch's own formula computes dw as a convolution of v with g, whose kernel is then the whole feature map; the weight
+gradient's routine does the same sums as every training step does. And while only gx is asked for, as in a penalty's
+inner pass, gw is not computed here, which saves a third of that pass.
+
+Every derivative is again one of these two Functions, so there are derivatives of all orders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import select_for_layer
+from .aliases import take_alias
+from .engine import is_wanted, queryable
+from .function import Function
+from .logsumexp import autocast_enabled
+from .recompute import Saved, save
+from .registration import derivative
+
+
+class Geometry(NamedTuple):
+    """The arguments of ``aten::convolution`` after the bias, one number for each spatial dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+
+class Convolution(Function):
+    """x (N, C, ...), weight, bias or None to y. Leaves among them must have passed ``queryable``."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        return torch.ops.aten.convolution.default(x, weight, bias, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, ctx.geometry = inputs
+        ctx.has_bias = bias is not None
+        ctx.set_materialize_grads(False)
+        save(ctx, x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Any:
+        if g is None:
+            return None, None, None, None
+        wanted = is_wanted(ctx, 0), is_wanted(ctx, 1), ctx.has_bias and is_wanted(ctx, 2)
+        saved = Saved(ctx)
+        x = saved[0] if wanted[1] else saved.like(0)
+        gradients = derivative(ConvolutionBackward, g, x, saved[1], ctx.geometry, wanted)
+        return *gradients, None
+
+
+class ConvolutionBackward(Function):
+    """gx, gw and the bias's gradient, each None where it is not wanted. Without gw, only the shape of x matters."""
+
+    @staticmethod
+    def forward(
+        g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, ...]:
+        channels = [g.shape[1]] if wanted[2] else None
+        gradients = torch.ops.aten.convolution_backward.default(g, x, weight, channels, *geometry, wanted)
+        return tuple(gradient if asked else None for gradient, asked in zip(gradients, wanted, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        g, x, weight, ctx.geometry, ctx.wanted = inputs
+        ctx.set_materialize_grads(False)
+        save(ctx, g, x if ctx.wanted[1] else None, weight)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor | None, weight_v: Tensor | None, bias_v: Tensor | None) -> Any:
+        saved = Saved(ctx)
+        weight = saved[2]
+        dg = dx = dw = None
+        if is_wanted(ctx, 0):
+            x = None if weight_v is None else saved[1]
+            dg = _sum_of_convolutions([(v, weight), (x, weight_v)], bias_v, saved.like(0), ctx.geometry)
+        if weight_v is not None and is_wanted(ctx, 1):
+            like_x = saved.like(1)
+            dx = derivative(ConvolutionBackward, saved[0], like_x, weight_v, ctx.geometry, (True, False, False))[0]
+        if v is not None and is_wanted(ctx, 2):
+            dw = derivative(ConvolutionBackward, saved[0], v, weight, ctx.geometry, (False, True, False))[1]
+        return dg, dx, dw, None, None
+
+
+def _sum_of_convolutions(
+    pairs: list[tuple[Tensor | None, Tensor | None]], bias: Tensor | None, like: Tensor, geometry: Geometry
+) -> Tensor | None:
+    """Σ weight∗data over the pairs in which both are given, plus a bias a channel; of the shape of ``like``."""
+    total = None
+    for data, weight in pairs:
+        if data is not None and weight is not None:
+            term = derivative(Convolution, data, weight, None, geometry)
+            total = term if total is None else total + term
+    if bias is None:
+        return total
+    bias = bias.reshape(-1, *[1] * (like.dim() - 2))
+    return bias.expand_as(like) if total is None else total + bias
+
+
+def convolution(
+    plain: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] | str = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``plain(input, weight, ...)`` with the cheap double backward; plain: ``torch.conv1d``, ``conv2d`` or ``conv3d``.
+
+    Its contract is theirs, errors included.
+    """
+    if not _can_run(plain, input, weight, bias):
+        return plain(input, weight, bias, stride, padding, dilation, groups)
+    rank = weight.dim() - 2
+    strides, dilations = _for_each(rank, stride), _for_each(rank, dilation)
+    if isinstance(padding, str):
+        input, paddings = _with_string_padding(plain, input, weight, padding, strides, dilations)
+    else:
+        paddings = _for_each(rank, padding)
+    geometry = Geometry(strides, paddings, dilations, False, (0,) * rank, groups)
+    return _apply(input, weight, bias, geometry)
+
+
+def transposed_convolution(
+    plain: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    output_padding: int | tuple[int, ...] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, ...] = 1,
+) -> Tensor:
+    """As ``convolution``, for ``torch.conv_transpose1d``, ``conv_transpose2d`` or ``conv_transpose3d``."""
+    if not _can_run(plain, input, weight, bias):
+        return plain(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    rank = weight.dim() - 2
+    numbers = (_for_each(rank, given) for given in (stride, padding, dilation, output_padding))
+    strides, paddings, dilations, output_paddings = numbers
+    return _apply(input, weight, bias, Geometry(strides, paddings, dilations, True, output_paddings, groups))
+
+
+_RANKS: dict[Any, int] = {
+    torch.conv1d: 1,
+    torch.conv2d: 2,
+    torch.conv3d: 3,
+    torch.conv_transpose1d: 1,
+    torch.conv_transpose2d: 2,
+    torch.conv_transpose3d: 3,
+}
+
+
+def _can_run(plain: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether there is a gradient to speed up, and nothing that PyTorch's function would refuse or treat specially."""
+    tensors = [input, weight] if bias is None else [input, weight, bias]
+    rank = _RANKS[plain]
+    return (
+        torch.is_grad_enabled()
+        and all(t.is_floating_point() and t.layout == torch.strided for t in tensors)
+        and any(t.requires_grad for t in tensors)
+        and weight.dim() == rank + 2
+        and input.dim() in (rank + 1, rank + 2)
+        and select_for_layer(input) != "reference"
+    )
+
+
+def _for_each(rank: int, value: int | tuple[int, ...]) -> tuple[int, ...]:
+    """One number for each spatial dimension."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * rank if len(values) == 1 else values
+
+
+def _with_string_padding(
+    plain: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    padding: str,
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The input and the numbers that "valid" and "same" stand for.
+
+    Where "same" needs an odd number of zeros, the one too many is put after the input, as PyTorch does.
+    """
+    rank = weight.dim() - 2
+    if padding == "valid":
+        return input, (0,) * rank
+    if padding != "same" or any(s != 1 for s in stride):
+        plain(input, weight, None, stride, padding, dilation)  # raises
+    totals = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True)]
+    if any(total % 2 for total in totals):
+        after = [n for total in reversed(totals) for n in (0, total % 2)]
+        input = torch.nn.functional.pad(input, after)
+    return input, tuple(total // 2 for total in totals)
+
+
+def _apply(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    if autocast_enabled(input.device):  # here, so that what is saved is what was convolved
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, weight = _cast(input, dtype), _cast(weight, dtype)
+        bias = None if bias is None else _cast(bias, dtype)
+    input, weight, bias = queryable(take_alias(input)), queryable(weight), queryable(bias)
+    if input.dim() == weight.dim():
+        return Convolution.apply(input, weight, bias, geometry)
+    return Convolution.apply(input.unsqueeze(0), weight, bias, geometry).squeeze(0)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What autocast does to an argument: it leaves float64 alone."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+# PyTorch's functions, and those here that take their place, which get them as first argument.
+REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
+    plain: transposed_convolution if "transpose" in plain.__name__ else convolution for plain in _RANKS
+}

@@ -1,0 +1,35 @@
+"""What autograd's engine can tell a Function that it runs."""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+
+@overload
+def queryable(leaf: Tensor) -> Tensor: ...
+@overload
+def queryable(leaf: Tensor | None) -> Tensor | None: ...
+def queryable(leaf: Tensor | None) -> Tensor | None:
+    """``leaf`` or, if it is one that requires a gradient, a view of it, about which ``is_wanted`` has an answer."""
+    if leaf is None or not leaf.requires_grad or not leaf.is_leaf:
+        return leaf
+    return leaf.view_as(leaf)
+
+
+def is_wanted(ctx: Any, index: int) -> bool:
+    """Whether this run of the engine will use the gradient of the Function's argument number ``index``.
+
+    ``ctx.needs_input_grad`` only says whether the argument requires a gradient at all: it is True for every weight
+    while ``torch.autograd.grad(output, x)`` runs, and a weight gradient computed there is thrown away.
+
+    The arguments before ``index`` must be tensors. For a leaf the engine cannot say, and the answer is True.
+    """
+    if not ctx.needs_input_grad[index]:
+        return False
+    node = ctx.next_functions[index][0]
+    if node is None or node.name() == "torch::autograd::AccumulateGrad":
+        return True
+    return torch._C._will_engine_execute_node(node)

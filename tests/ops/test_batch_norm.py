@@ -1,0 +1,302 @@
+"""Batch norm with residual and ReLU: every derivative against plain float64 PyTorch, and what is kept for them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rds_fast import backends, fast_double_backward, use_backend
+from rds_fast.ops import batch_norm as operation
+from rds_fast.ops.batch_norm import batch_norm
+from rds_fast.ops.recompute import _recipe
+
+pytestmark = pytest.mark.skipif(
+    backends.failure("native", "cpu") is not None, reason=f"native: {backends.failure('native', 'cpu')}"
+)
+
+SHAPES = {
+    "2d": (4, 6, 5, 3),
+    "1d": (3, 6, 7),
+    "3d": (2, 6, 2, 3, 2),
+    "no spatial dimension": (9, 6),
+    "one sample": (1, 6, 4, 4),
+    "one value a plane": (8, 6, 1, 1),
+}
+
+
+def composite(
+    input: Tensor, mean: Any, var: Any, weight: Any, bias: Any, *options: Any, residual: Tensor | None, relu: bool
+) -> Tensor:
+    y = functional.batch_norm(input, mean, var, weight, bias, *options)
+    y = y if residual is None else y + residual
+    return torch.relu(y) if relu else y
+
+
+class Case:
+    """One batch norm, its leaves, and every derivative that a training step may ask for."""
+
+    def __init__(self, shape: tuple[int, ...], affine: bool, residual: bool, channels_last: bool, eps: float) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.eps = eps
+        channels = shape[1]
+        x = torch.randn(shape, generator=generator, dtype=torch.float64) * 2 + 1
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        self.x = x.requires_grad_()
+        self.affine = [torch.randn(channels, generator=generator, dtype=torch.float64) for _ in range(2 * affine)]
+        self.residual = torch.randn_like(x) if residual else None
+        self.leaves = [self.x, *self.affine, *([self.residual] if residual else [])]  # type: ignore[list-item]
+        for leaf in self.leaves:
+            leaf.requires_grad_()
+
+    def run(self, function: Callable[..., Tensor], training: bool, relu: bool) -> list[Tensor]:
+        channels = self.x.shape[1]
+        mean, var = torch.full((channels,), 0.3).double(), torch.full((channels,), 1.7).double()
+        weight, bias = self.affine or (None, None)
+        y = function(self.x, mean, var, weight, bias, training, 0.2, self.eps, residual=self.residual, relu=relu)
+        loss = (y.sin() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum()
+        gradients = torch.autograd.grad(loss, self.leaves, create_graph=True)
+        of_all = torch.stack([gradient.pow(3).sum() for gradient in gradients]).sum()
+        second = torch.autograd.grad(of_all + loss, self.leaves, retain_graph=True)
+        (inner,) = torch.autograd.grad(loss, self.x, create_graph=True)
+        penalised = torch.autograd.grad(inner.square().sum() + loss.cos(), self.leaves)
+        return [y, mean, var, *gradients, *second, *penalised]
+
+
+@pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", [*SHAPES, "channels-last"])
+def test_derivatives(name: str, training: bool, affine: bool, residual: bool, relu: bool) -> None:
+    shape = SHAPES.get(name, SHAPES["2d"])
+    case = Case(shape, affine, residual, name == "channels-last", eps=0.3)
+    ours, truth = (case.run(function, training, relu) for function in (batch_norm, composite))
+    assert isinstance(ours[0].grad_fn, torch.autograd.function.BackwardCFunction)
+    for mine, true in zip(ours, truth, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-9 * max(1.0, true.abs().max().item()))
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-5, 10.0])
+def test_epsilon_far_from_the_variance(eps: float) -> None:
+    case = Case(SHAPES["2d"], True, False, False, eps)
+    ours, truth = (case.run(function, True, True) for function in (batch_norm, composite))
+    for mine, true in zip(ours, truth, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-8, atol=1e-8 * max(1.0, true.abs().max().item()))
+
+
+def test_channel_with_zero_variance() -> None:
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    x[:, 1] = 7.0
+    x.requires_grad_()
+    results = []
+    for function in (functional.batch_norm, batch_norm):
+        y = function(x, None, None, training=True, eps=0.1)
+        (gradient,) = torch.autograd.grad(y.exp().sum(), x, create_graph=True)
+        results.append([y, gradient, *torch.autograd.grad(gradient.pow(3).sum(), x)])
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_gradcheck(training: bool, residual: bool) -> None:
+    case = Case((3, 2, 3, 2), True, residual, False, eps=0.3)
+    mean, var = torch.zeros(2).double(), torch.ones(2).double()
+
+    def call(*leaves: Tensor) -> Tensor:
+        x, weight, bias, *rest = leaves
+        return batch_norm(x, mean.clone(), var.clone(), weight, bias, training, 0.1, 0.3, residual=(rest or [None])[0])
+
+    assert torch.autograd.gradcheck(call, case.leaves)
+    assert torch.autograd.gradgradcheck(call, case.leaves)
+
+
+def test_third_derivative_raises() -> None:
+    x = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(batch_norm(x, None, None, training=True).exp().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"third derivative of batch norm.*reference"):
+        torch.autograd.grad(second.pow(3).sum(), x)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d])
+def test_running_statistics_are_pytorchs(kind: type[nn.Module], momentum: float | None) -> None:
+    rank = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}[kind]  # type: ignore[index]
+    ours, theirs = kind(3, momentum=momentum), kind(3, momentum=momentum)
+    for _ in range(3):
+        x = torch.randn(4, 3, *[5] * rank) * 3 + 2
+        with fast_double_backward():
+            y = ours(x.requires_grad_())
+        torch.testing.assert_close(y, theirs(x))
+    for (name, mine), buffer in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(mine, buffer, msg=name)
+
+
+def test_statistics_of_another_dtype() -> None:
+    """A model in bfloat16 has its running statistics in bfloat16 too."""
+    x = torch.randn(16, 3, 4, 4).bfloat16().requires_grad_()
+    buffers = [torch.zeros(3).bfloat16(), torch.ones(3).bfloat16()]
+    weight = torch.ones(3).bfloat16().requires_grad_()
+    y = batch_norm(x, *buffers, weight, None, True, 0.5)
+    (gradient,) = torch.autograd.grad(y.float().exp().sum(), weight)
+    assert gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(buffers[0].float(), 0.5 * x.float().mean((0, 2, 3)), rtol=0.01, atol=0.01)
+
+
+def test_statistics_changed_after_the_forward_are_found_out() -> None:
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    mean, var = torch.zeros(3), torch.ones(3)
+    y = batch_norm(x, mean, var)
+    batch_norm(x, mean, var, training=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_pytorchs_own_errors() -> None:
+    x = torch.randn(1, 3, requires_grad=True)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        batch_norm(x, None, None, training=True)
+    with pytest.raises(ValueError, match="residual is"):
+        batch_norm(x, None, None, training=True, residual=torch.randn(3))
+    with pytest.raises(RuntimeError, match="running_mean"):
+        batch_norm(torch.randn(4, 3, 5), torch.zeros(2), torch.zeros(2), training=True)
+    empty = batch_norm(torch.randn(0, 3, 5), torch.zeros(3), torch.ones(3), training=True)
+    assert empty.shape == (0, 3, 5)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gradients_of_any_memory_format(channels_last: bool) -> None:
+    """The cotangents come as they come: expanded, transposed, in the other format."""
+    x = torch.randn(4, 3, 5, 6, dtype=torch.float64)
+    x = (x.contiguous(memory_format=torch.channels_last) if channels_last else x).requires_grad_()
+    results = []
+    for function in (functional.batch_norm, batch_norm):
+        y = function(x, None, None, training=True)
+        transposed = (y.transpose(2, 3) * torch.randn(6, 5, generator=torch.Generator().manual_seed(0))).sin()
+        (gradient,) = torch.autograd.grad(transposed.sum() + y.mean().exp(), x, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.transpose(2, 3).pow(3).sum(), x)
+        results.append([y, gradient, second])
+    torch.testing.assert_close(results[1], results[0])
+    assert results[1][0].is_contiguous(memory_format=torch.channels_last) == channels_last
+
+
+def raw_calls() -> list[tuple[Any, tuple[Any, ...]]]:
+    x, u, v = (torch.randn(3, 4, 5, 2) for _ in range(3))
+    weight, bias, mean, var = torch.randn(4), torch.randn(4), torch.randn(4), torch.rand(4) + 0.5
+    y = torch.relu(x)
+    return [
+        (operation._forward, (x, weight, bias, None, None, None, 0.1, 1e-5, True, "native")),
+        (operation._forward, (x, None, None, u, mean.clone(), var.clone(), 0.1, 1e-5, False, "native")),
+        (operation._inference, (x, mean, var, weight, None, u, 1e-5, True, "native")),
+        (operation._backward, (u, v, x, y, weight, bias, mean, var, None, True, 1e-5, True, "native")),
+        (operation._backward, (u, None, x, None, None, bias, mean, var, v, False, 1e-5, True, "native")),
+        (
+            operation._double_backward,
+            (v, weight, bias, v, u, x, y, weight, bias, mean, var, True, 1e-5, True, "native"),
+        ),
+        (
+            operation._double_backward,
+            (v, None, None, None, u, x, None, weight, bias, mean, var, False, 1e-5, False, "native"),
+        ),
+        (operation._input_gradient, (u, x, weight, bias, mean, var, mean, bias, True, 1e-5, True, "native")),
+    ]
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_opcheck(number: int) -> None:
+    operator, arguments = raw_calls()[number]
+    torch.library.opcheck(operator, arguments)
+
+
+def differentiate(operator: Any, first: Tensor, *rest: Any) -> None:
+    result = operator(first.clone().requires_grad_(), *rest)
+    (result if isinstance(result, Tensor) else result[0]).sum().backward()
+
+
+def test_raw_operations_refuse_to_be_differentiated() -> None:
+    for operator, arguments in raw_calls():
+        with pytest.raises(RuntimeError, match="no derivative of its own"):
+            differentiate(operator, *arguments)
+
+
+def kept_storages(loss: Callable[[], Tensor], model: nn.Module) -> int:
+    """The number of distinct four-dimensional storages, parameters aside, that the graph of a loss keeps."""
+    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    storages = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 4:
+            storages.add(tensor.untyped_storage()._cdata)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        graph = loss()
+    assert graph.requires_grad
+    return len(storages - parameters)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_what_a_layer_keeps(fast: bool) -> None:
+    """Of convolution → batch norm (no ReLU to keep its own): x, the convolution's result, the batch norm's cotangent.
+
+    PyTorch also keeps the batch norm's result, for the next convolution, and its gradient, for this one's weight.
+    """
+    layers = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3)
+    )
+    x = torch.randn(3, 3, 9, 9, requires_grad=True)
+
+    def penalty() -> Tensor:
+        with fast_double_backward() if fast else use_backend("reference"):
+            y = layers(x)
+        (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return gradient.square().sum()
+
+    image = 1
+    last_cotangent = 1
+    squared = 1
+    a_layer = 2 if fast else 4
+    assert kept_storages(penalty, layers) == image + last_cotangent + squared + 2 * a_layer
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_tensor_changed_in_place_is_kept_itself(in_place: bool) -> None:
+    first, norm, second = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3)
+    x = torch.randn(3, 3, 9, 9, requires_grad=True)
+    gradients = []
+    for fast in (True, False):
+        with fast_double_backward() if fast else use_backend("reference"):
+            y = norm(first(x))
+            assert (_recipe(y) is not None) == fast
+            y = y.mul_(2).sin_() if in_place else y
+            assert (_recipe(y) is not None) == (fast and not in_place)
+            y = second(y)
+        (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        parameters = [*first.parameters(), *norm.parameters(), *second.parameters()]
+        loss = gradient.square().sum() + y.sin().sum()
+        gradients.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+def test_a_hook_that_changes_the_gradient_in_place() -> None:
+    """The recipe of the batch norm's gradient no longer holds then."""
+    first, norm = nn.Conv2d(3, 4, 3).double(), nn.BatchNorm2d(4).double()
+    x = torch.randn(3, 3, 9, 9, dtype=torch.float64, requires_grad=True)
+    results = []
+    for fast, doubled in itertools.product((True, False), (True, False)):
+        with fast_double_backward() if fast else use_backend("reference"):
+            h = first(x)
+            if doubled:
+                h.register_hook(lambda gradient: gradient.mul_(2) if gradient.is_leaf else gradient * 2)
+            y = norm(h)
+        (gradient,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(gradient.square().sum(), [*first.parameters(), *norm.parameters()]))
+    torch.testing.assert_close(results[0], results[2])
+    torch.testing.assert_close(results[1], results[3])
