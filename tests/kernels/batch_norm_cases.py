@@ -6,7 +6,8 @@ It computes with numpy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
+import rds_fast
 from rds_fast.kernels import batch_norm, channels
+from rds_fast.ops import batch_norm as operation
+from rds_fast.ops import registration
 from tests.batch_norm_orders import OPTIONAL, by_kernels, check, inputs
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -131,6 +135,34 @@ def test_running_statistics(
     for before, after, new in zip(start, updated, statistics, strict=True):
         if before is not None:
             torch.testing.assert_close(after, 0.7 * before + 0.3 * new, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "no relu"])
+def test_public_operation(monkeypatch: pytest.MonkeyPatch, relu: bool) -> None:
+    """Every order through autograd, and the launchers that it reaches."""
+    reached: Counter[str] = Counter()
+    for name in ("batch_norm", "batch_norm_backward", "batch_norm_double_backward"):
+        monkeypatch.setattr(batch_norm, name, counted(reached, name, getattr(batch_norm, name)))
+    i = inputs((3, 2, 2, 2), torch.float64, LAST)
+    leaves = [t.requires_grad_() for t in (i.x, i.weight, i.bias, i.residual)]
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        return operation.batch_norm(x, None, None, weight, bias, True, eps=0.3, residual=residual, relu=relu)
+
+    registration._kernel.cache_clear()
+    with rds_fast.use_backend("triton"):
+        assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+    registration._kernel.cache_clear()
+    assert len(reached) == 3
+
+
+def counted(counter: Counter[str], name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
+    def launch(*arguments: Any) -> Any:
+        counter[name] += 1
+        return launcher(*arguments)
+
+    return launch
 
 
 def test_nan_and_infinity_stay_in_their_channel() -> None:
