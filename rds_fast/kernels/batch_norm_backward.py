@@ -68,10 +68,10 @@ def _backward_sums_kernel(
         x = tl_load(x_ptr, offsets, mask, ACC)
         if RELU:
             u = tl.where(tl_relu_mask(x, y_ptr, offsets, mask, mean, scale, bias, ACC), u, 0.0)
-        sum_u += tl_fold(u, FOLD)
-        sum_ud += tl_fold(u * (x - mean[None, :, None]), FOLD)
         if gresidual_ptr is not None:
             tl_store(gresidual_ptr, offsets, mask, u)
+        sum_u += tl_fold(u, FOLD)
+        sum_ud += tl_fold(u * (x - mean[None, :, None]), FOLD)
         if gx_ptr is not None:
             gx = scale[None, :, None] * u
             if x_cotangent_ptr is not None:
@@ -148,8 +148,8 @@ def batch_norm_backward(
     epsilon = float_pair(eps)
     with torch.cuda.device_of(x):
         _backward_sums_kernel[launch.sum_grid](
-            u, other_u, x, y, weight, bias, mean, var, x_cotangent, partial, gx, gresidual, *epsilon, *launch.sizes,
-            launch.splits, RELU=relu, ACC=accumulator(x), **launch.sum_options,
+            u, other_u, x, y, weight, bias, mean, var, None if training else x_cotangent, partial, gx, gresidual,
+            *epsilon, *launch.sizes, launch.splits, RELU=relu, ACC=accumulator(x), **launch.sum_options,
         )  # fmt: skip
         _backward_merge_kernel[launch.merge_grid](
             partial, var, gweight, gbias, *epsilon, launch.C, launch.splits, ACC=accumulator(x), **launch.merge_options
