@@ -52,10 +52,13 @@ def tl_cotangent(u_ptr, other_u_ptr, offsets, mask, ACC: tl.constexpr):
 def _backward_sums_kernel(
     u_ptr, other_u_ptr, x_ptr, y_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, x_cotangent_ptr, partial_ptr, gx_ptr,
     gresidual_ptr, eps_high, eps_low, N, C, S, blocks, splits,
-    RELU: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Each split's parts of Σ u' and Σ u' d; u', if gresidual_ptr is given; and gx in eval mode, where gx_ptr is."""
+    """Each split's parts of Σ u' and Σ u' d; u', if y_ptr is given; and gx in eval mode, where gx_ptr is.
+
+    MASK: u is to be masked by x.
+    """
     C = tl_channel_count(C, ALIGN, BLOCK_S)
     mean = tl_channel(mean_ptr, C, 0.0, ACC, BLOCK_C)
     scale = tl_scale(var_ptr, weight_ptr, eps_high, eps_low, C, ACC, BLOCK_C)
@@ -64,12 +67,14 @@ def _backward_sums_kernel(
     sum_ud = tl.zeros((BLOCK_N // FOLD, BLOCK_C, BLOCK_S), ACC)
     for block in range(tl.program_id(1), blocks, splits):
         offsets, mask = tl_tile(block, N, C, S, ALIGN, BLOCK_N, BLOCK_C, BLOCK_S)
+        if y_ptr is not None:
+            y = tl_load(y_ptr, offsets, mask, ACC)
         u = tl_cotangent(u_ptr, other_u_ptr, offsets, mask, ACC)
+        if y_ptr is not None:
+            u = tl.where(y > 0, u, 0.0)
         x = tl_load(x_ptr, offsets, mask, ACC)
-        if RELU:
-            u = tl.where(tl_relu_mask(x, y_ptr, offsets, mask, mean, scale, bias, ACC), u, 0.0)
-        if gresidual_ptr is not None:
-            tl_store(gresidual_ptr, offsets, mask, u)
+        if MASK:
+            u = tl.where(tl_relu_mask(x, None, offsets, mask, mean, scale, bias, ACC), u, 0.0)
         sum_u += tl_fold(u, FOLD)
         sum_ud += tl_fold(u * (x - mean[None, :, None]), FOLD)
         if gx_ptr is not None:
@@ -77,6 +82,8 @@ def _backward_sums_kernel(
             if x_cotangent_ptr is not None:
                 gx += tl_load(x_cotangent_ptr, offsets, mask, ACC)
             tl_store(gx_ptr, offsets, mask, gx)
+        if y_ptr is not None:  # no load can pass a store
+            tl_store(gresidual_ptr, offsets, mask, u)
     tl_store_partial(partial_ptr, 0, tl_channel_sum(sum_u), C, splits, BLOCK_C)
     tl_store_partial(partial_ptr, 1, tl_channel_sum(sum_ud), C, splits, BLOCK_C)
 
@@ -101,7 +108,7 @@ def _backward_kernel(
     MASK: tl.constexpr, TRAINING: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """gx. MASK: u is not masked yet."""
+    """gx. MASK: u is to be masked by x."""
     C = tl_channel_count(C, ALIGN, BLOCK_S)
     mean = tl_channel(mean_ptr, C, 0.0, ACC, BLOCK_C)
     scale = tl_scale(var_ptr, weight_ptr, eps_high, eps_low, C, ACC, BLOCK_C)
@@ -149,7 +156,7 @@ def batch_norm_backward(
     with torch.cuda.device_of(x):
         _backward_sums_kernel[launch.sum_grid](
             u, other_u, x, y, weight, bias, mean, var, None if training else x_cotangent, partial, gx, gresidual,
-            *epsilon, *launch.sizes, launch.splits, RELU=relu, ACC=accumulator(x), **launch.sum_options,
+            *epsilon, *launch.sizes, launch.splits, MASK=relu and y is None, ACC=accumulator(x), **launch.sum_options,
         )  # fmt: skip
         _backward_merge_kernel[launch.merge_grid](
             partial, var, gweight, gbias, *epsilon, launch.C, launch.splits, ACC=accumulator(x), **launch.merge_options

@@ -52,7 +52,7 @@ def _double_backward_sums_kernel(
     MASK: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Each split's parts of Σ u', Σ u' d, Σ v, Σ v d and Σ u' v. MASK: u is not masked yet."""
+    """Each split's parts of Σ u', Σ u' d, Σ v, Σ v d and Σ u' v. MASK: u is to be masked by x."""
     C = tl_channel_count(C, ALIGN, BLOCK_S)
     mean = tl_channel(mean_ptr, C, 0.0, ACC, BLOCK_C)
     scale = tl_scale(var_ptr, weight_ptr, eps_high, eps_low, C, ACC, BLOCK_C)
