@@ -1,7 +1,7 @@
 """Drives the native build; CMakeLists.txt describes it.
 
-Without a C++ compiler, CMake, Ninja or PyTorch (an isolated build sees none) the package is installed without native
-kernels and runs on PyTorch and Triton alone. Environment variables:
+Without a C++ compiler, CMake, Ninja or make, or PyTorch (an isolated build sees none) the package is installed without
+native kernels and runs on PyTorch and Triton alone. Environment variables:
 
 - ``RDS_FAST_NATIVE`` = auto | 0 | 1: all native code; 1 fails rather than going on without;
 - ``RDS_FAST_CUDA`` = auto | 0 | 1: the CUDA kernels, which need nvcc but no GPU;
@@ -46,10 +46,22 @@ def obstacle() -> str | None:
     if tuple(int(part) for part in torch.split(".")[:2]) < OLDEST_TORCH:
         return f"PyTorch {torch} is older than {'.'.join(map(str, OLDEST_TORCH))}"
     if os.environ.get("CXX") is None and program("c++", "g++", "clang++") is None:
-        return "no C++ compiler was found (CXX, c++, g++, clang++)"
-    for tool in ("cmake", "ninja"):
-        if program(tool) is None:
-            return f"{tool} was not found"
+        return "no C++ compiler was found (CXX, c++, g++, clang++); the system's package is often named g++"
+    if program("cmake") is None:
+        return "CMake was not found; pip install cmake, or install the system's package cmake"
+    if generator() is None:
+        return (
+            "neither Ninja nor make was found; pip install ninja, or install the system's package ninja-build or make"
+        )
+    return None
+
+
+def generator() -> tuple[str, str] | None:
+    """CMake's name for what runs the compiler, and the path of that; Ninja where it is."""
+    for name, tool in (("Ninja", "ninja"), ("Unix Makefiles", "make")):
+        found = program(tool)
+        if found is not None:
+            return name, found
     return None
 
 
@@ -58,18 +70,21 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         package = ROOT / "rds_fast" if self.inplace else Path(self.build_lib).resolve() / "rds_fast"
+        cmake, (generator_name, make_program) = program("cmake"), generator()
         cache = BUILD / "CMakeCache.txt"
-        if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
-            cache.unlink()  # the project was moved or copied
+        of_this_build = (f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n", f"CMAKE_GENERATOR:INTERNAL={generator_name}\n")
+        if cache.exists() and not all(line in cache.read_text() for line in of_this_build):
+            cache.unlink()  # the project was moved or copied, or Ninja came or went
+        os.environ.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count()))  # make alone would run one compiler
         configure = [
-            *(program("cmake"), "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", "--log-level=STATUS"),
-            f"-DCMAKE_MAKE_PROGRAM={program('ninja')}",
+            *(cmake, "-S", str(ROOT), "-B", str(BUILD), "-G", generator_name, "--log-level=STATUS"),
+            f"-DCMAKE_MAKE_PROGRAM={make_program}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DRDS_FAST_OUTPUT={package}",
             f"-DRDS_FAST_CUDA={setting('RDS_FAST_CUDA')}",
             f"-DRDS_FAST_CUDA_ARCHITECTURES={os.environ.get('RDS_FAST_CUDA_ARCHITECTURES', '')}",
         ]
-        for command in (configure, [program("cmake"), "--build", str(BUILD)]):
+        for command in (configure, [cmake, "--build", str(BUILD)]):
             if subprocess.run(command).returncode != 0:
                 raise SystemExit("rds_fast: the native build failed; RDS_FAST_NATIVE=0 installs without it")
 

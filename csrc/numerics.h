@@ -143,7 +143,8 @@ struct NormState<T, NormOrder::infinity> {
 };
 
 // Whether Σ x², summed without a scale over 2¹⁴ values or fewer, is right: no square and no sum of 2²⁸ such sums
-// overflowed, and what underflowed, at most 2⁻¹⁵⁰ (2⁻¹⁰⁷⁵) a value, is below half an ulp of it. NaN and infinity: false.
+// overflowed, and what underflowed, at most 2⁻¹⁵⁰ (2⁻¹⁰⁷⁵) a value, is below half an ulp of it. NaN and infinity:
+// false.
 RDS_FAST_HOST_DEVICE bool sum_of_squares_is_safe(float sum) { return sum >= 0x1p-100f && sum <= 0x1p100f; }
 RDS_FAST_HOST_DEVICE bool sum_of_squares_is_safe(double sum) { return sum >= 0x1p-960 && sum <= 0x1p960; }
 

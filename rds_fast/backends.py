@@ -88,10 +88,18 @@ def available(device: torch.device | str | None = None) -> tuple[str, ...]:
 
     Returns:
         A tuple of ``"reference"``, ``"native"``, ``"triton"``, those that can run there.
+
+    Raises:
+        ValueError: there is no such kind of device.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device_type = torch.device(device).type
+    try:
+        device_type = torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device is {device!r}; it must be a torch.device or the name of one, such as 'cpu', 'cuda', 'cuda:1'"
+        ) from error
     return tuple(backend for backend in BACKENDS if failure(backend, device_type) is None)
 
 

@@ -38,8 +38,10 @@ def inputs(
     memory_format: torch.memory_format = torch.contiguous_format,
     device: str = "cpu",
     without: tuple[str, ...] = (),
+    parameter_dtype: torch.dtype | None = None,
 ) -> Inputs:
     """Normal values; of OPTIONAL, those named in ``without`` are absent."""
+    parameter_dtype = parameter_dtype or accumulation_dtype(dtype)
     generator = torch.Generator().manual_seed(0)
 
     def like_x() -> Tensor:
@@ -47,7 +49,7 @@ def inputs(
         return t.to(device, dtype).contiguous(memory_format=memory_format)
 
     def channels() -> Tensor:
-        return torch.randn(shape[1], generator=generator, dtype=torch.float64).to(device, accumulation_dtype(dtype))
+        return torch.randn(shape[1], generator=generator, dtype=torch.float64).to(device, parameter_dtype)
 
     of_channels = {"weight", "bias", "mean", "var", "vweight", "vbias"}
     values = {name: (channels if name in of_channels else like_x)() for name in Inputs._fields}
@@ -65,7 +67,7 @@ def by_kernels(kernels: Any, i: Inputs, training: bool, eps: float, relu: bool) 
         y = kernels.batch_norm_inference(i.x, mean, var, i.weight, i.bias, i.residual, eps, relu)
     source = y if relu and i.residual is not None else None  # of the mask
     affine = (i.weight, i.bias, mean, var)
-    gx, gweight, gbias, gresidual = kernels.batch_norm_backward(
+    gx, gweight, gbias, gresidual, sums_of_u = kernels.batch_norm_backward(
         i.u, None if source is None else i.other_u, i.x, source, *affine, i.x_cotangent, training, eps, relu
     )
     u = i.u if source is None else gresidual
@@ -73,7 +75,7 @@ def by_kernels(kernels: Any, i: Inputs, training: bool, eps: float, relu: bool) 
         i.v, i.vweight, i.vbias, i.vresidual, u, i.x, source, *affine, training, eps, relu
     )
     mask_from_x = relu and source is None
-    again = kernels.batch_norm_input_gradient(u, i.x, *affine, gweight, gbias, training, eps, mask_from_x)
+    again = kernels.batch_norm_input_gradient(u, i.x, *affine, sums_of_u, training, eps, mask_from_x)
     assert torch.equal(again, gx) or i.x_cotangent is not None
     assert gresidual.numel() == (0 if source is None else i.x.numel())
     assert dx.numel() == (i.x.numel() if training or i.vweight is not None else 0)
@@ -85,9 +87,13 @@ def by_kernels(kernels: Any, i: Inputs, training: bool, eps: float, relu: bool) 
     sums = {"gweight": gweight, "gbias": gbias, "dweight": dweight}
     if training:
         sums |= {"mean": mean, "var": var}
+    of = {"gweight": i.weight, "gbias": i.bias, "dweight": i.weight}
     for name, t in sums.items():
-        assert t.dtype == accumulation_dtype(i.x.dtype), name
+        parameter = of.get(name)
+        assert t.dtype == (accumulation_dtype(i.x.dtype) if parameter is None else parameter.dtype), name
         assert t.shape == (i.x.shape[1],), name
+    for unrounded, t in zip(sums_of_u, (gbias, gweight), strict=True):
+        torch.testing.assert_close(t, unrounded.to(t.dtype), rtol=0, atol=0, equal_nan=True)
     return results | sums
 
 

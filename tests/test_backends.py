@@ -18,6 +18,12 @@ def test_reference_is_always_available() -> None:
     assert rds_fast.backends.available(torch.device("mps")) == ("reference",)
 
 
+@pytest.mark.parametrize("device", ["bogus", "", "cpu:x", 1.5, torch.ones(1)], ids=repr)
+def test_a_device_that_is_none(device: object) -> None:
+    with pytest.raises(ValueError, match=r"device is .*; it must be a torch\.device or the name of one, such as 'cpu'"):
+        backends.available(device)
+
+
 def test_auto_on_cpu_is_native_where_it_was_built() -> None:
     expected = "native" if "native" in backends.available("cpu") else "reference"
     assert backends.select(torch.ones(1)) == expected

@@ -22,25 +22,30 @@ struct Moments {
   }
 };
 
-// Deviations from a first mean, which is rounded; what they add up to corrects both results. It is rounded to T, so
-// that the lanes beyond the end, which pass through T, have none.
+// One pass of deviations from the mean of the first vector, which is nearly always near enough: what they add up to
+// corrects both results. Where the correction would cost digits of the squares, a second one from the mean.
 template <typename T>
 RDS_FAST_INLINE Moments<Acc<T>> moments(const T* x, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  Vec<T> sums[4] = {}, squares[4] = {};
-  for_vectors<T>(begin, end, [&](auto at, int k) { sums[k] += at(x, A(0)); });
   const A count = A(end - begin);
-  T rounded;
-  store_part(&rounded, splat<T>(sum_of_lanes<T>(sum_of_four<T>(sums)) / count), 1);
-  const A first = widen(rounded);
-  for (Vec<T>& sum : sums) sum = Vec<T>{};
-  for_vectors<T>(begin, end, [&](auto at, int k) {
-    const Vec<T> deviation = at(x, first) - first;
-    sums[k] += deviation;
-    squares[k] += deviation * deviation;
-  });
-  const A correction = sum_of_lanes<T>(sum_of_four<T>(sums)) / count;
-  return {count, first + correction, sum_of_lanes<T>(sum_of_four<T>(squares)) - correction * correction * count};
+  const int64_t first = end - begin < kLanes<T> ? end - begin : kLanes<T>;
+  A center = sum_of_lanes<T>(load_part(x + begin, first, A(0))) / A(first);
+  for (bool second = false;; second = true) {
+    // Rounded to T, so that the lanes beyond the end, which pass through T, do not deviate.
+    T rounded;
+    store_part(&rounded, splat<T>(center), 1);
+    center = widen(rounded);
+    Vec<T> sums[4] = {}, squares[4] = {};
+    for_vectors<T>(begin, end, [&](auto at, int k) {
+      const Vec<T> deviation = at(x, center) - center;
+      sums[k] += deviation;
+      squares[k] += deviation * deviation;
+    });
+    const A correction = sum_of_lanes<T>(sum_of_four<T>(sums)) / count, lost = correction * correction * count;
+    const A left = sum_of_lanes<T>(sum_of_four<T>(squares)) - lost;
+    if (second || lost <= 8 * left) return {count, center + correction, left > A(0) || is_nan(left) ? left : A(0)};
+    center += correction;
+  }
 }
 
 // Long runs of a large result are streamed; in short ones the ends would break up the lines.
@@ -158,6 +163,8 @@ void norm_backward(const GroupShape& shape, const RowLayout& layout, const void*
         const int64_t offset = row * layout.columns();
         const T *const cotangent = static_cast<const T*>(u) + offset, *const added = static_cast<const T*>(x_cotangent);
         const Normalised<T> normalised(layout, x, moments, row);
+        // By value: the compiler must take it that the stores below may change what lies in memory.
+        const A mean_u = mean.values[0], mean_ux = mean.values[1];
         A* const gweight = of_weight.of_elements(layout, row, block);
         A* const gbias = of_bias.of_elements(layout, row, block);
         layout.for_runs(chunk, [&](int64_t run, int64_t begin, int64_t end) {
@@ -168,7 +175,7 @@ void norm_backward(const GroupShape& shape, const RowLayout& layout, const void*
               add_to<T>(gweight, at, values * unit);
               add_to<T>(gbias, at, values);
             }
-            const Vec<T> gradient = (values * w(at) - mean.values[0] - unit * mean.values[1]) * normalised.r;
+            const Vec<T> gradient = (values * w(at) - mean_u - unit * mean_ux) * normalised.r;
             return added == nullptr ? gradient : gradient + at(added + offset, A(0));
           });
         });
@@ -249,17 +256,17 @@ void norm_double_backward(const GroupShape& shape, const RowLayout& layout, cons
       [&](int64_t row, int64_t chunk, const Totals& total, int64_t block) {
         const T *const cotangent = static_cast<const T*>(u) + row * columns, *const second = row_of_v(row);
         const Normalised<T> normalised(layout, x, moments, row);
-        const A r = normalised.r, *const mean = total.values;
-        const A c_u = mean[of_ux], c_v = mean[of_vx], c_uv = mean[of_uv] - mean[of_u] * mean[of_v] - c_u * c_v;
+        const A r = normalised.r, *const mean = total.values, mean_v = mean[of_v];
+        const A c_u = mean[of_ux], c_v = mean[of_vx], c_uv = mean[of_uv] - mean[of_u] * mean_v - c_u * c_v;
         // dx as a combination of x̂, u, v and 1
         const A by_unit = r * r * (2 * c_u * c_v - c_uv) - r * mean[of_aux];
-        const A by_one = r * r * (c_v * mean[of_u] + c_u * mean[of_v]) - r * mean[of_au];
+        const A by_one = r * r * (c_v * mean[of_u] + c_u * mean_v) - r * mean[of_au];
         A* const sums = sums_of_weight.of_elements(layout, row, block);
         layout.for_runs(chunk, [&](int64_t run, int64_t begin, int64_t end) {
           const auto w = weights.of_run(layout, row, run), a = vweights.of_run(layout, row, run);
           const auto h = vbiases.of_run(layout, row, run);
           write_values(static_cast<T*>(du) + row * columns, begin, end, streamed, [&](auto at) {
-            const Vec<T> unit = normalised(at), projected = (at(second, A(0)) - mean[of_v] - unit * c_v) * r;
+            const Vec<T> unit = normalised(at), projected = (at(second, A(0)) - mean_v - unit * c_v) * r;
             if (kPerElement && wanted) add_to<T>(sums, at, at(cotangent, A(0)) * projected);
             return projected * w(at) + unit * a(at) + h(at);
           });

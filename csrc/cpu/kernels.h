@@ -93,6 +93,40 @@ struct RowMoments {
   void* rstd;
 };
 
+// A dense tensor, [samples][channels][positions]. Channels-last has samples · positions samples of one position.
+struct ChannelShape {
+  Dtype dtype;
+  int64_t samples;
+  int64_t channels;
+  int64_t positions;
+};
+
+// (C,) in the accumulation dtype. No weight (null) is 1, no bias is 0.
+struct BatchNorm {
+  const void* weight;
+  const void* bias;
+  const void* mean;
+  const void* var;
+  double eps;
+  bool training;
+  bool relu;
+};
+
+// (C,) in the accumulation dtype, updated in place; either may be null.
+struct RunningStatistics {
+  void* mean;
+  void* var;
+  double momentum;
+};
+
+// Of gx, gweight, gbias and gresidual; null is zero.
+struct BatchNormCotangents {
+  const void* x;
+  const void* weight;
+  const void* bias;
+  const void* residual;
+};
+
 // Every capability has these functions. Rows results (gx, dx, …) are contiguous and of the rows' dtype.
 #define RDS_FAST_ROW_KERNELS(X)                                                                                   \
   X(logsumexp, (Shape shape, Rows x, Results result, Saved saved))                                                \
@@ -121,9 +155,23 @@ struct RowMoments {
     (GroupShape shape, const void* v, ChannelPair cotangents, const void* u, const void* x, const void* weight,   \
      RowMoments moments, void* du, void* dx, void* dweight))
 
-#define RDS_FAST_CPU_KERNELS(X) \
-  RDS_FAST_ROW_KERNELS(X)       \
-  RDS_FAST_GROUP_NORM_KERNELS(X)
+// Tensors and results of the shape lie alike in memory. Null: no residual, other_u, y, x_cotangent; gresidual, dx not
+// wanted. sums are (2, C): Σ u' and Σ u' x̂.
+#define RDS_FAST_BATCH_NORM_KERNELS(X)                                                                               \
+  X(batch_norm, (ChannelShape shape, const void* x, BatchNorm norm, const void* residual, RunningStatistics running, \
+                 void* y, void* mean, void* var))                                                                    \
+  X(batch_norm_inference, (ChannelShape shape, const void* x, BatchNorm norm, const void* residual, void* y))        \
+  X(batch_norm_backward, (ChannelShape shape, const void* u, const void* other_u, const void* x, const void* y,      \
+                          BatchNorm norm, const void* x_cotangent, void* gx, void* gresidual, void* sums))           \
+  X(batch_norm_input_gradient,                                                                                       \
+    (ChannelShape shape, const void* u, const void* x, BatchNorm norm, const void* sums, void* gx))                  \
+  X(batch_norm_double_backward, (ChannelShape shape, BatchNormCotangents v, const void* u, const void* x,            \
+                                 const void* y, BatchNorm norm, void* du, void* dx, void* dweight))
+
+#define RDS_FAST_CPU_KERNELS(X)  \
+  RDS_FAST_ROW_KERNELS(X)        \
+  RDS_FAST_GROUP_NORM_KERNELS(X) \
+  RDS_FAST_BATCH_NORM_KERNELS(X)
 
 struct Kernels {
   const char* capability;

@@ -78,18 +78,19 @@ struct Tile {
       for (int64_t i = 0; i < L; ++i) columns[c + i] = block[i];
     }
   }
+  // Through a copy in the cache: whole vectors need no masks there, each running on into the next row, whose own values
+  // come after it; and the result is written line by line, where 16 partial stores would wait for the lines.
   RDS_FAST_INLINE void scatter(const Shape& shape, void* out, int64_t first, int64_t count) const {
-    for (int64_t c = 0; c < shape.columns; c += L) {
-      const int64_t width = shape.columns - c < L ? shape.columns - c : L;
+    T rows[(kShort + 1) * L];
+    for (int64_t c = (shape.columns - 1) / L * L; c >= 0; c -= L) {
       Vec<T> block[L];
 #pragma GCC unroll 16
       for (int64_t i = 0; i < L; ++i) block[i] = columns[c + i];
       transpose<T>(block);
 #pragma GCC unroll 16
-      for (int64_t lane = 0; lane < L; ++lane) {
-        if (lane < count) store_part(static_cast<T*>(out) + (first + lane) * shape.columns + c, block[lane], width);
-      }
+      for (int64_t lane = 0; lane < L; ++lane) store(rows + lane * shape.columns + c, block[lane]);
     }
+    std::memcpy(static_cast<T*>(out) + first * shape.columns, rows, count * shape.columns * sizeof(T));
   }
 };
 

@@ -20,22 +20,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import accumulation_dtype
 from .batch_norm_backward import batch_norm_backward, batch_norm_input_gradient
 from .batch_norm_double_backward import batch_norm_double_backward
 from .channels import (
     channel_kernel,
+    channels_like,
     plan,
     tl_affine,
     tl_channel,
     tl_channel_count,
     tl_channel_sum,
-    tl_channels,
     tl_fold,
     tl_load,
     tl_partials,
     tl_scale,
     tl_store,
+    tl_store_channel,
     tl_store_partial,
     tl_tile,
     tl_tile_count,
@@ -81,11 +81,11 @@ def _statistics_kernel(
 
 
 @triton.jit
-def tl_update(ptr, channels, mask, momentum, value):
+def tl_update(ptr, momentum, value, C, ACC: tl.constexpr, BLOCK_C: tl.constexpr):
     """running = (1 − momentum) running + momentum value."""
     if ptr is not None:
-        running = tl.load(ptr + channels, mask=mask, other=0.0)
-        tl.store(ptr + channels, (1 - momentum) * running + momentum * value, mask=mask)
+        running = tl_channel(ptr, C, 0.0, ACC, BLOCK_C)
+        tl_store_channel(ptr, (1 - momentum) * running + momentum * value, C, BLOCK_C)
 
 
 @channel_kernel
@@ -94,10 +94,8 @@ def _merge_kernel(
     ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The statistics of channels from those of their splits, and the running ones."""
-    channels = tl_channels(BLOCK_C)
-    mask = channels < C
     # Means are merged as differences to the first k: a sum of k and a small difference would round away the latter.
-    reference = tl.load(partial_ptr + channels, mask=mask, other=0.0)
+    reference = tl_channel(partial_ptr, C, 0.0, ACC, BLOCK_C)
     shifts = tl_partials(partial_ptr, 0, C, splits, BLOCK_P, BLOCK_C) - reference[None, :]
     means = shifts + tl_partials(partial_ptr, 1, C, splits, BLOCK_P, BLOCK_C)
     counts = tl_partials(partial_ptr, 3, C, splits, BLOCK_P, BLOCK_C)
@@ -107,11 +105,11 @@ def _merge_kernel(
     squares = tl_partials(partial_ptr, 2, C, splits, BLOCK_P, BLOCK_C) + counts * (deviations * deviations)
     mean += reference
     var = tl.sum(squares, 0) / count
-    tl.store(mean_ptr + channels, mean, mask=mask)
-    tl.store(var_ptr + channels, var, mask=mask)
+    tl_store_channel(mean_ptr, mean, C, BLOCK_C)
+    tl_store_channel(var_ptr, var, C, BLOCK_C)
     momentum = tl_float(momentum_high, momentum_low, ACC)
-    tl_update(running_mean_ptr, channels, mask, momentum, mean)
-    tl_update(running_var_ptr, channels, mask, momentum, var * (count / tl.maximum(count - 1, 1)))
+    tl_update(running_mean_ptr, momentum, mean, C, ACC, BLOCK_C)
+    tl_update(running_var_ptr, momentum, var * (count / tl.maximum(count - 1, 1)), C, ACC, BLOCK_C)
 
 
 @channel_kernel
@@ -147,9 +145,8 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and mean and biased variance of each channel over the batch; updates the running statistics."""
     launch = plan(x, fold=4)
-    accumulated = accumulation_dtype(x.dtype)
-    mean, var = (x.new_empty(launch.C, dtype=accumulated) for _ in range(2))
-    partial = x.new_empty((4, launch.splits, launch.C), dtype=accumulated)
+    mean, var = channels_like(x), channels_like(x)
+    partial = mean.new_empty((4, launch.splits, launch.C))
     with torch.cuda.device_of(x):
         _statistics_kernel[launch.sum_grid](
             x, partial, *launch.sizes, launch.splits, ACC=accumulator(x), **launch.sum_options

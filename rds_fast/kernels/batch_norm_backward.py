@@ -21,17 +21,18 @@ from torch import Tensor
 
 from .channels import (
     channel_kernel,
+    channels_like,
     plan,
     tl_channel,
     tl_channel_count,
     tl_channel_sum,
-    tl_channels,
     tl_fold,
     tl_load,
     tl_relu_mask,
     tl_rstd,
     tl_scale,
     tl_store,
+    tl_store_channel,
     tl_store_partial,
     tl_tile,
     tl_total,
@@ -90,20 +91,22 @@ def _backward_sums_kernel(
 
 @channel_kernel
 def _backward_merge_kernel(
-    partial_ptr, var_ptr, gweight_ptr, gbias_ptr, eps_high, eps_low, C, splits,
+    partial_ptr, var_ptr, gweight_ptr, gbias_ptr, sums_ptr, eps_high, eps_low, C, splits,
     ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """gγ and gβ."""
-    channels = tl_channels(BLOCK_C)
-    mask = channels < C
+    """gβ and gγ, and the same two sums unrounded."""
     r = tl_rstd(var_ptr, eps_high, eps_low, C, ACC, BLOCK_C)
-    tl.store(gbias_ptr + channels, tl_total(partial_ptr, 0, C, splits, BLOCK_P, BLOCK_C), mask=mask)
-    tl.store(gweight_ptr + channels, r * tl_total(partial_ptr, 1, C, splits, BLOCK_P, BLOCK_C), mask=mask)
+    gbias = tl_total(partial_ptr, 0, C, splits, BLOCK_P, BLOCK_C)
+    gweight = r * tl_total(partial_ptr, 1, C, splits, BLOCK_P, BLOCK_C)
+    tl_store_channel(gbias_ptr, gbias, C, BLOCK_C)
+    tl_store_channel(gweight_ptr, gweight, C, BLOCK_C)
+    tl_store_channel(sums_ptr, gbias, C, BLOCK_C)
+    tl_store_channel(sums_ptr + C, gweight, C, BLOCK_C)
 
 
 @channel_kernel
 def _backward_kernel(
-    u_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, gweight_ptr, gbias_ptr, x_cotangent_ptr, gx_ptr,
+    u_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, sums_ptr, x_cotangent_ptr, gx_ptr,
     eps_high, eps_low, M, N, C, S, blocks,
     MASK: tl.constexpr, TRAINING: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -116,8 +119,8 @@ def _backward_kernel(
     if TRAINING:
         r = tl_rstd(var_ptr, eps_high, eps_low, C, ACC, BLOCK_C)
         count = M.to(ACC)
-        B = (-scale * r * (tl_channel(gweight_ptr, C, 0.0, ACC, BLOCK_C) / count))[None, :, None]
-        D = (-scale * (tl_channel(gbias_ptr, C, 0.0, ACC, BLOCK_C) / count))[None, :, None]
+        B = (-scale * r * (tl_channel(sums_ptr + C, C, 0.0, ACC, BLOCK_C) / count))[None, :, None]
+        D = (-scale * (tl_channel(sums_ptr, C, 0.0, ACC, BLOCK_C) / count))[None, :, None]
     for index in range(tl.program_id(1), blocks, tl.num_programs(1)):
         offsets, mask = tl_tile(blocks - 1 - index, N, C, S, ALIGN, BLOCK_N, BLOCK_C, BLOCK_S)
         u = tl_load(u_ptr, offsets, mask, ACC)
@@ -145,13 +148,14 @@ def batch_norm_backward(
     training: bool,
     eps: float,
     relu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """gx + x_cotangent, gγ, gβ, and u' if y is given."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """gx + x_cotangent, gγ, gβ, u' if y is given, and Σ u' and Σ u' x̂."""
     launch = plan(x, fold=2)
-    gweight, gbias = torch.empty_like(mean), torch.empty_like(mean)
+    gweight, gbias = channels_like(x, weight), channels_like(x, bias)
     gresidual = None if y is None else torch.empty_like(x)
     gx = None if training else torch.empty_like(x)
-    partial = mean.new_empty((2, launch.splits, launch.C))
+    sums = channels_like(x).new_empty((2, launch.C))
+    partial = sums.new_empty((2, launch.splits, launch.C))
     epsilon = float_pair(eps)
     with torch.cuda.device_of(x):
         _backward_sums_kernel[launch.sum_grid](
@@ -159,12 +163,13 @@ def batch_norm_backward(
             *epsilon, *launch.sizes, launch.splits, MASK=relu and y is None, ACC=accumulator(x), **launch.sum_options,
         )  # fmt: skip
         _backward_merge_kernel[launch.merge_grid](
-            partial, var, gweight, gbias, *epsilon, launch.C, launch.splits, ACC=accumulator(x), **launch.merge_options
-        )
+            partial, var, gweight, gbias, sums, *epsilon, launch.C, launch.splits,
+            ACC=accumulator(x), **launch.merge_options,
+        )  # fmt: skip
     if gx is None:
         masked, mask = (u, relu) if gresidual is None else (gresidual, False)
-        gx = _input_gradient(masked, x, weight, bias, mean, var, gweight, gbias, x_cotangent, training, eps, mask)
-    return gx, gweight, gbias, x.new_empty(0) if gresidual is None else gresidual
+        gx = _input_gradient(masked, x, weight, bias, mean, var, sums, x_cotangent, training, eps, mask)
+    return gx, gweight, gbias, x.new_empty(0) if gresidual is None else gresidual, sums
 
 
 def batch_norm_input_gradient(
@@ -174,14 +179,13 @@ def batch_norm_input_gradient(
     bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    gweight: Tensor,
-    gbias: Tensor,
+    sums: Tensor,
     training: bool,
     eps: float,
     relu: bool,
 ) -> Tensor:
     """gx from the sums that the backward found, with its bits; relu: u is to be masked, by x."""
-    return _input_gradient(u, x, weight, bias, mean, var, gweight, gbias, None, training, eps, relu)
+    return _input_gradient(u, x, weight, bias, mean, var, sums, None, training, eps, relu)
 
 
 def _input_gradient(
@@ -191,8 +195,7 @@ def _input_gradient(
     bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    gweight: Tensor,
-    gbias: Tensor,
+    sums: Tensor,
     x_cotangent: Tensor | None,
     training: bool,
     eps: float,
@@ -202,7 +205,7 @@ def _input_gradient(
     gx = torch.empty_like(x)
     with torch.cuda.device_of(x):
         _backward_kernel[launch.write_grid](
-            u, x, weight, bias, mean, var, gweight, gbias, x_cotangent, gx, *float_pair(eps), launch.M, *launch.sizes,
+            u, x, weight, bias, mean, var, sums, x_cotangent, gx, *float_pair(eps), launch.M, *launch.sizes,
             MASK=mask, TRAINING=training, ACC=accumulator(x), **launch.options,
         )  # fmt: skip
     return gx

@@ -27,17 +27,18 @@ from torch import Tensor
 
 from .channels import (
     channel_kernel,
+    channels_like,
     plan,
     tl_channel,
     tl_channel_count,
     tl_channel_sum,
-    tl_channels,
     tl_fold,
     tl_load,
     tl_relu_mask,
     tl_rstd,
     tl_scale,
     tl_store,
+    tl_store_channel,
     tl_store_partial,
     tl_tile,
     tl_total,
@@ -89,8 +90,6 @@ def _double_backward_merge_kernel(
     ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dγ, and the coefficients B, D, E, G and H."""
-    channels = tl_channels(BLOCK_C)
-    mask = channels < C
     r = tl_rstd(var_ptr, eps_high, eps_low, C, ACC, BLOCK_C)
     scale = tl_scale(var_ptr, weight_ptr, eps_high, eps_low, C, ACC, BLOCK_C)
     a = tl_channel(vweight_ptr, C, 0.0, ACC, BLOCK_C) * r
@@ -100,16 +99,15 @@ def _double_backward_merge_kernel(
     mean_v = tl_total(partial_ptr, 2, C, splits, BLOCK_P, BLOCK_C) / count
     cv = r * (tl_total(partial_ptr, 3, C, splits, BLOCK_P, BLOCK_C) / count)
     cuv = tl_total(partial_ptr, 4, C, splits, BLOCK_P, BLOCK_C) / count - mean_u * mean_v - cu * cv
-    tl.store(dweight_ptr + channels, r * count * cuv, mask=mask)
+    tl_store_channel(dweight_ptr, r * count * cuv, C, BLOCK_C)
     k = scale * r
     B = a - k * cv
     G = -k * cu
-    coefficients_ptr += channels
-    tl.store(coefficients_ptr, B, mask=mask)
-    tl.store(coefficients_ptr + C, tl_channel(vbias_ptr, C, 0.0, ACC, BLOCK_C) - scale * mean_v, mask=mask)
-    tl.store(coefficients_ptr + 2 * C, -r * (k * cuv + B * cu + G * cv), mask=mask)
-    tl.store(coefficients_ptr + 3 * C, G, mask=mask)
-    tl.store(coefficients_ptr + 4 * C, -B * mean_u - G * mean_v, mask=mask)
+    tl_store_channel(coefficients_ptr, B, C, BLOCK_C)
+    tl_store_channel(coefficients_ptr + C, tl_channel(vbias_ptr, C, 0.0, ACC, BLOCK_C) - scale * mean_v, C, BLOCK_C)
+    tl_store_channel(coefficients_ptr + 2 * C, -r * (k * cuv + B * cu + G * cv), C, BLOCK_C)
+    tl_store_channel(coefficients_ptr + 3 * C, G, C, BLOCK_C)
+    tl_store_channel(coefficients_ptr + 4 * C, -B * mean_u - G * mean_v, C, BLOCK_C)
 
 
 @channel_kernel
@@ -186,11 +184,8 @@ def _eval_double_backward_merge_kernel(
     ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dγ = r Σ u' v."""
-    channels = tl_channels(BLOCK_C)
-    dweight = tl_rstd(var_ptr, eps_high, eps_low, C, ACC, BLOCK_C) * tl_total(
-        partial_ptr, 0, C, splits, BLOCK_P, BLOCK_C
-    )
-    tl.store(dweight_ptr + channels, dweight, mask=channels < C)
+    r = tl_rstd(var_ptr, eps_high, eps_low, C, ACC, BLOCK_C)
+    tl_store_channel(dweight_ptr, r * tl_total(partial_ptr, 0, C, splits, BLOCK_P, BLOCK_C), C, BLOCK_C)
 
 
 def batch_norm_double_backward(
@@ -210,16 +205,16 @@ def batch_norm_double_backward(
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """du, dx and dγ; dx has no elements in eval mode without vweight."""
-    du, dweight = torch.empty_like(x), torch.empty_like(mean)
+    du, dweight = torch.empty_like(x), channels_like(x, weight)
     dx = torch.empty_like(x) if training or vweight is not None else None
     affine = (weight, bias, mean, var)
     epsilon = float_pair(eps)
     acc = accumulator(x)
     sums, write = plan(x, fold=2 if training else 1), plan(x)
-    partial = mean.new_empty((5 if training else 1, sums.splits, sums.C))
+    partial = channels_like(x).new_empty((5 if training else 1, sums.splits, sums.C))
     with torch.cuda.device_of(x):
         if training:
-            coefficients = mean.new_empty((5, sums.C))
+            coefficients = partial.new_empty((5, sums.C))
             _double_backward_sums_kernel[sums.sum_grid](
                 v, u, x, *affine, partial, *epsilon, *sums.sizes, sums.splits,
                 MASK=relu and y is None, ACC=acc, **sums.sum_options,

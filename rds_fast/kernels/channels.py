@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import accumulation_dtype
 from .rows import tl_aligned, tl_float
 
 # 1024 elements a tile are 8 a thread, one 16-byte load of a 16-bit type. A launch that sums takes several such parts at
@@ -120,6 +121,11 @@ class Launch:
         return self.options | {"FOLD": self.fold}
 
 
+def channels_like(x: Tensor, parameter: Tensor | None = None) -> Tensor:
+    """(C,), of the dtype of a parameter if there is one, else of the accumulation dtype."""
+    return x.new_empty(x.shape[1], dtype=accumulation_dtype(x.dtype) if parameter is None else parameter.dtype)
+
+
 def plan(x: Tensor, fold: int = 1) -> Launch:
     """The launch for ``x`` (N, C, …), contiguous or channels-last.
 
@@ -187,7 +193,13 @@ def tl_channel(ptr, C, default: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.con
         return tl.full((BLOCK_C,), default, ACC)
     else:
         channels = tl_channels(BLOCK_C)
-        return tl.load(ptr + channels, mask=channels < C, other=0.0)
+        return tl.load(ptr + channels, mask=channels < C, other=0.0).to(ACC)
+
+
+@triton.jit
+def tl_store_channel(ptr, value, C, BLOCK_C: tl.constexpr):
+    channels = tl_channels(BLOCK_C)
+    tl.store(ptr + channels, value.to(ptr.dtype.element_ty), mask=channels < C)
 
 
 @triton.jit

@@ -69,12 +69,11 @@ def _backward_sums_kernel(
 
 @triton.jit
 def tl_write_gradient(
-    weighted, unit, of_u, of_ux, r, added_ptr, gx_ptr, rows, start, mask, C,
+    weighted, unit, mean_u, mean_ux, r, added_ptr, gx_ptr, rows, start, mask, C,
     ADD: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """gx = r (u_w − mean(u_w) − x̂ mean(u_w x̂)) + x_cotangent from the sums of a row."""
-    K = C.to(ACC)
-    gx = (weighted - (of_u / K)[:, None] - unit * (of_ux / K)[:, None]) * r
+    """gx = r (u_w − mean(u_w) − x̂ mean(u_w x̂)) + x_cotangent."""
+    gx = (weighted - mean_u[:, None] - unit * mean_ux[:, None]) * r
     columns = start + tl.arange(0, BLOCK_C)
     if ADD:
         gx += tl_load(added_ptr, rows, C, columns, mask, 0.0, ACC, ALIGN)
@@ -91,6 +90,7 @@ def _backward_kernel(
 ):  # fmt: skip
     """gx; with AFFINE, also this program's strip of gweight and gbias, over ``row_blocks`` tiles of whole rows."""
     C = tl_aligned(C, ALIGN)
+    K = C.to(ACC)
     if AFFINE:
         gweight = tl.zeros((BLOCK_N, BLOCK_C), ACC)
         gbias = tl.zeros((BLOCK_N, BLOCK_C), ACC)
@@ -108,8 +108,8 @@ def _backward_kernel(
                 u_ptr, weight_ptr, rows, 0, row_mask, mask, C, G, D, S, HAS_WEIGHT, KIND, ACC, ALIGN, BLOCK_C
             )
             tl_write_gradient(
-                weighted, unit, tl.sum(weighted, 1), tl.sum(weighted * unit, 1), r, added_ptr, gx_ptr, rows, 0, mask,
-                C, ADD, ACC, ALIGN, BLOCK_C,
+                weighted, unit, tl.sum(weighted, 1) / K, tl.sum(weighted * unit, 1) / K, r, added_ptr, gx_ptr, rows, 0,
+                mask, C, ADD, ACC, ALIGN, BLOCK_C,
             )  # fmt: skip
             if AFFINE:
                 gweight += u * unit
@@ -123,6 +123,8 @@ def _backward_kernel(
                     u_ptr, x_ptr, weight_ptr, rows, row_mask, mean, r, C, G, D, S, 0,
                     tl_block_count(C, BLOCK_C, WHOLE_ROW), HAS_WEIGHT, KIND, ACC, ALIGN, BLOCK_N, BLOCK_C,
                 )  # fmt: skip
+            # Each sum is used once: a compiler pass over loops that reduce takes it for granted.
+            of_u, of_ux = of_u / K, of_ux / K
             first = tl_first_block(blocks_per_split, WHOLE_ROW)
             for block in range(first, tl_last_block(blocks_per_split, C, BLOCK_C, WHOLE_ROW)):
                 columns = block * BLOCK_C + tl.arange(0, BLOCK_C)

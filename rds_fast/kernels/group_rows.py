@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -86,15 +87,17 @@ class Plan(NamedTuple):
         return like.new_empty((sums, self.launch.N, self.launch.splits) if self.split else (sums, 0))
 
 
-def plan_rows(x: Tensor, groups: int, *, channel_sums: bool = False, heavy: bool = False) -> Plan:
-    """The launch for the rows of a contiguous (N, C, S)."""
+def plan_rows(x: Tensor, groups: int, *, channel_sums: bool = False, heavy: bool = True) -> Plan:
+    """The launch for the rows of a contiguous (N, C, S); only the forward, with one value an element, is not heavy."""
     N, C, S = x.shape
     D = C // groups
-    launch = plan(x.view(N * groups, D * S), heavy=heavy or channel_sums)
+    launch = plan(x.view(N * groups, D * S), heavy=heavy)
+    if heavy and not launch.whole_row and x.dtype == torch.float64:  # two registers a value
+        launch = launch._replace(tile=launch.tile._replace(BLOCK_C=launch.tile.BLOCK_C // 2))
     kind = BY_ROW if D == 1 else BY_VALUE if S == 1 else BY_RUN
     strips, row_blocks = 0, 1
-    # A layer norm: every row has the same channels.
-    if channel_sums and launch.whole_row and groups == 1 and S == 1 and D > 1:
+    # A layer norm: every row has the same channels. Wider tiles leave a thread no registers for the sums.
+    if channel_sums and launch.whole_row and launch.tile.num_warps <= 8 and groups == 1 and S == 1 and D > 1:
         row_blocks = triton.cdiv(launch.row_blocks, row_tiles._PROGRAMS)
         strips = triton.cdiv(launch.row_blocks, row_blocks)
     return Plan(launch, groups, D, S, kind.value, strips, row_blocks)

@@ -120,7 +120,7 @@ def _layer(plan: Plan, path: str, module: _BatchNorm) -> LayerReport:
     fusions = dict.fromkeys(str(outcome) for _, outcome in resolved if isinstance(outcome, Fusion))
     reasons = dict.fromkeys(outcome.reason for _, outcome in resolved if isinstance(outcome, Left))
     callers = [caller for caller, outcome in resolved if isinstance(outcome, Fusion)]
-    done = bool(callers) and all(isinstance(caller, FusedForward) for caller in callers)
+    done = bool(callers) and all(isinstance(caller, FusedForward) and not caller.is_outdated() for caller in callers)
     return LayerReport(path, tuple(fusions), "; ".join(reasons), done)
 
 

@@ -134,31 +134,27 @@ class FusedForward(nn.Module):
     blueprint: ClassVar[Blueprint]
     functions: ClassVar[dict[tuple[bool, type], Callable[..., Any]]]
 
-    def forward(self, *args: Any, epilogue: Epilogue | None = None, **kwargs: Any) -> Any:
-        function = None if kwargs else self._generated(args)
-        if function is None:
-            output = super().forward(*args, **kwargs)
-            return output if epilogue is None else epilogue.apply(output)
-        return function(self, *args, epilogue) if self.blueprint.ends_in_batch_norm else function(self, *args)
-
     def _generated(self, args: tuple[Any, ...]) -> Callable[..., Any] | None:
         """The forward that was traced under what holds now; None where there is none."""
-        if len(args) != self.blueprint.arity or len(self._modules) != self.blueprint.children:
+        if len(args) != self.blueprint.arity or self.is_outdated():
             return None
         kinds = {Tensor if isinstance(argument, Tensor) else type(argument) for argument in args}
         return self.functions.get((self.training, kinds.pop())) if len(kinds) == 1 else None
 
+    def is_outdated(self) -> bool:
+        """Whether submodules were added or removed since the trace. Those that were replaced are looked up by name."""
+        return len(self._modules) != self.blueprint.children
+
     def __setattr__(self, name: str, value: Any) -> None:
+        outdated = _may_steer(self, name)
         super().__setattr__(name, value)
-        self._unless_internal(name)
+        if outdated:
+            self.__class__ = self.original  # type: ignore[assignment]
 
     def __delattr__(self, name: str) -> None:
+        outdated = _may_steer(self, name)
         super().__delattr__(name)
-        self._unless_internal(name)
-
-    def _unless_internal(self, name: str) -> None:
-        """An attribute on which the original forward may depend was changed, so the trace may be out of date."""
-        if name != "training" and name not in _INTERNAL and not hasattr(nn.Module, name):
+        if outdated:
             self.__class__ = self.original  # type: ignore[assignment]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -167,7 +163,15 @@ class FusedForward(nn.Module):
         return _reconstruct, (construct, self.original, self.blueprint, *arguments), *state
 
 
-_INTERNAL = frozenset(vars(nn.Module())) | {"_is_full_backward_hook"}
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+def _may_steer(module: FusedForward, name: str) -> bool:
+    """Whether the original forward may take another branch, or call another module, once an attribute is changed.
+
+    A new attribute is not one that it reads: compilers and wrappers leave their marks on the modules that they meet.
+    """
+    return name not in _INTERNAL and not hasattr(nn.Module, name) and hasattr(module, name)
 
 
 def _reconstruct(construct: Callable[..., Any], original: type, blueprint: Blueprint, *arguments: Any) -> Any:
@@ -185,14 +189,29 @@ def _function(source: str, named: tuple[tuple[str, Any], ...]) -> Callable[..., 
     return function
 
 
+def _dispatching(original: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a fused class. It shows the original's signature, which tracers and wrappers read."""
+
+    @functools.wraps(original.forward)
+    def forward(self: FusedForward, *args: Any, epilogue: Epilogue | None = None, **kwargs: Any) -> Any:
+        function = None if kwargs else self._generated(args)
+        if function is None:
+            output = original.forward(self, *args, **kwargs)
+            return output if epilogue is None else epilogue.apply(output)
+        return function(self, *args, epilogue) if self.blueprint.ends_in_batch_norm else function(self, *args)
+
+    return forward
+
+
 @functools.cache
-def fused_class(original: type, blueprint: Blueprint) -> type[FusedForward]:
+def fused_class(original: Any, blueprint: Blueprint) -> type[FusedForward]:
     """``original`` with the forward of ``blueprint``."""
     functions = {(v.training, v.arguments): _function(v.source, v.globals) for v in blueprint.variants}
     attributes = {
         "original": original,
         "blueprint": blueprint,
         "functions": functions,
+        "forward": _dispatching(original),
         "__module__": __name__,
         "__doc__": original.__doc__,
     }

@@ -153,7 +153,7 @@ def _is_add(node: fx.Node) -> bool:
 
 
 def rewrite(graph: fx.Graph, outcomes: dict[fx.Node, Outcome], ends_in_batch_norm: bool) -> None:
-    """Put one call in the place of each fusion. A module that ends in batch norm gets an epilogue as last argument."""
+    """Put one call in the place of each fusion. If the module ends in a batch norm it takes an epilogue, last."""
     for call, outcome in outcomes.items():
         if isinstance(outcome, Fusion):
             _replace(graph, outcome)

@@ -13,9 +13,10 @@ from __future__ import annotations
 import builtins
 import contextlib
 import inspect
+import operator
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -32,6 +33,32 @@ class Untraceable(Exception):
 _COPYING = ("__deepcopy__", "__reduce__", "__reduce_ex__")
 
 
+class _Proxy(fx.Proxy):
+    """A symbol whose ``+=`` is recorded as such. torch.fx records an addition, which loses what it does to aliases."""
+
+
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda proxy, other: proxy.tracer.create_proxy("call_function", function, (proxy, other), {})
+
+
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+):
+    setattr(_Proxy, f"__i{_name}__", _recorded(getattr(operator, f"i{_name}")))
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
@@ -43,6 +70,9 @@ class _Tracer(fx.Tracer):
         self.asked_for_types = False
         self.modes = _modes()
         self.placeholders: set[int] = set()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True

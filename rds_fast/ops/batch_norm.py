@@ -40,12 +40,15 @@ from .recompute import attach
 from .registration import derivative, register, third_derivative
 
 
-def _statistics_like(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[1], dtype=accumulation_dtype(x.dtype))
+def _statistics_like(x: Tensor, parameter: Tensor | None = None) -> Tensor:
+    """(C,), in the dtype of a parameter if there is one, else in the accumulation dtype."""
+    dtype = accumulation_dtype(x.dtype) if parameter is None else parameter.dtype
+    return x.new_empty(x.shape[1], dtype=dtype)
 
 
 # x: (N, C, ...), contiguous or channels-last; every other argument of its shape has its dtype and strides, and so have
-# such results. All that is (C,) is contiguous and of the accumulation dtype.
+# such results. All that is (C,) is contiguous; parameters and running statistics are of any floating dtype, and their
+# gradients of the same; mean and var are of the accumulation dtype where the operation computes them.
 _forward = register(
     "batch_norm",
     "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
@@ -64,18 +67,21 @@ _inference = register(
 )
 
 
-def _backward_fake(u: Tensor, other_u: Any, x: Tensor, y: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
+def _backward_fake(
+    u: Tensor, other_u: Any, x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, *_: Any
+) -> tuple[Tensor, ...]:
     gresidual = x.new_empty(0) if y is None else torch.empty_like(x)
-    return torch.empty_like(x), _statistics_like(x), _statistics_like(x), gresidual
+    sums = x.new_empty((2, x.shape[1]), dtype=accumulation_dtype(x.dtype))
+    return torch.empty_like(x), _statistics_like(x, weight), _statistics_like(x, bias), gresidual, sums
 
 
 # y is given where a residual was added before the ReLU; then the cotangent of y may come in two parts, u and other_u.
-# gresidual has no elements where y is not given.
+# gresidual has no elements where y is not given. sums, (2, C) in the accumulation dtype: Σ u' and Σ u' x̂.
 _backward = register(
     "batch_norm",
     "batch_norm_backward(Tensor u, Tensor? other_u, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, "
     "Tensor var, Tensor? x_cotangent, bool training, float eps, bool relu, str backend) "
-    "-> (Tensor gx, Tensor gweight, Tensor gbias, Tensor gresidual)",
+    "-> (Tensor gx, Tensor gweight, Tensor gbias, Tensor gresidual, Tensor sums)",
     _backward_fake,
     row_wise=False,
 )
@@ -84,9 +90,9 @@ _backward = register(
 def _double_backward_fake(
     v: Tensor | None, vweight: Tensor | None, vbias: Any, vresidual: Any, u: Tensor, x: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    training = rest[5]
+    weight, training = rest[1], rest[5]
     dx = torch.empty_like(x) if training or vweight is not None else x.new_empty(0)
-    return torch.empty_like(x), dx, _statistics_like(x)
+    return torch.empty_like(x), dx, _statistics_like(x, weight)
 
 
 # u is gresidual where y is given. dx has no elements in eval mode without vweight.
@@ -104,7 +110,7 @@ _double_backward = register(
 _input_gradient = register(
     "batch_norm",
     "batch_norm_input_gradient(Tensor u, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
-    "Tensor gweight, Tensor gbias, bool training, float eps, bool relu, str backend) -> Tensor gx",
+    "Tensor sums, bool training, float eps, bool relu, str backend) -> Tensor gx",
     lambda u, x, *_: torch.empty_like(x),
     row_wise=False,
 )
@@ -161,14 +167,14 @@ class BatchNorm(Function):
             other_u = laid_out_like(other_u, x)
         if x_cotangent is not None:
             x_cotangent = laid_out_like(x_cotangent, x)
-        gx, gweight, gbias, gresidual = derivative(
+        gx, gweight, gbias, gresidual, sums = derivative(
             BatchNormBackward,
             *(u, other_u, x, y, weight, bias, mean, var, x_cotangent, ctx.training, ctx.eps, ctx.relu, ctx.backend),
         )
         if torch.is_grad_enabled() and x_cotangent is None:
             masked = u if y is None else gresidual
             rebuild = functools.partial(_gradient_again, ctx.training, ctx.eps, ctx.relu and y is None, ctx.backend)
-            attach(gx, rebuild, masked, x, weight, bias, mean, var, gweight, gbias, like=1)
+            attach(gx, rebuild, masked, x, weight, bias, mean, var, sums, like=1)
         needs = ctx.needs_input_grad
         return (
             gx,
@@ -203,13 +209,14 @@ class BatchNormBackward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         u, _, x, y, weight, bias, mean, var, _, *ctx.options = inputs
-        gresidual = output[3]
+        gresidual, sums = output[3:]
+        ctx.mark_non_differentiable(sums)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(u if y is None else gresidual, x, y, weight, bias, mean, var)
 
     @staticmethod
     def backward(
-        ctx: Any, v: Tensor | None, vweight: Tensor | None, vbias: Tensor | None, vresidual: Tensor | None
+        ctx: Any, v: Tensor | None, vweight: Tensor | None, vbias: Tensor | None, vresidual: Tensor | None, _: Any
     ) -> Any:
         rest = (None,) * 4
         if all(cotangent is None for cotangent in (v, vweight, vbias, vresidual)):
@@ -259,12 +266,11 @@ def _gradient_again(
     bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    gweight: Tensor,
-    gbias: Tensor,
+    sums: Tensor,
 ) -> Tensor:
     """gx from u, masked already unless the mask is that of a ReLU without residual."""
     if not torch.is_grad_enabled():
-        return _input_gradient(u, x, weight, bias, mean, var, gweight, gbias, training, eps, relu, backend)
+        return _input_gradient(u, x, weight, bias, mean, var, sums, training, eps, relu, backend)
     return derivative(BatchNormBackward, u, None, x, None, weight, bias, mean, var, None, training, eps, relu, backend)[
         0
     ]
@@ -351,23 +357,18 @@ def batch_norm(
         y = y if residual is None else y + residual
         return torch.relu(y) if relu else y
     x = input.contiguous(memory_format=memory_format(input))
-    accumulated = accumulation_dtype(x.dtype)
-    statistics = [None if t is None else t.to(accumulated).contiguous() for t in (running_mean, running_var)]
-    weight, bias = (None if t is None else t.to(accumulated).contiguous() for t in (weight, bias))
+    # Such a tensor is contiguous but for tricks; the kernels must be able to write the running statistics.
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     if residual is not None:
         residual = laid_out_like(take_alias(residual), x)
     y, y_alias, x_alias, mean, var = BatchNorm.apply(
-        x, weight, bias, residual, *statistics, training, momentum, eps, relu, backend
+        x, weight, bias, residual, running_mean, running_var, training, momentum, eps, relu, backend
     )
     if y.requires_grad and residual is None:
         rebuild = functools.partial(_output_again, training, eps, relu, backend)
         attach(y, rebuild, x_alias, weight, bias, mean, var, like=0)
     if y.requires_grad and residual is not None and relu:
         offer_alias(y, y_alias)
-    if training:
-        for own, updated in zip((running_mean, running_var), statistics, strict=True):
-            if own is not None and updated is not None and own is not updated:
-                own.copy_(updated)
     return y
 
 
@@ -388,5 +389,7 @@ def _has_kernel(
     if not all(t.is_floating_point() and t.shape == channels and t.device == input.device for t in given):
         return False
     if (running_mean is None) != (running_var is None):
+        return False
+    if not all(t.is_contiguous() for t in (running_mean, running_var) if t is not None):
         return False
     return (input.numel() > channels[0] and eps > 0) if training else (running_mean is not None and eps >= 0)

@@ -38,6 +38,10 @@ COSTS: dict[str, Cost | Callable[[Mapping[str, Any]], Cost]] = {
     "batch_norm": Cost(launches=3, reads={"x": 2}),
     "batch_norm_backward": _batch_norm_backward,
     "batch_norm_double_backward": Cost(launches=3, reads={"v": 2, "u": 2, "x": 2}),
+    # A layer norm whose rows fit a tile: the second launch, where sums over channels are asked for, adds up the
+    # programs'. For group and instance norms and longer rows they take a pass of their own, over u, x and v.
+    "group_norm_backward": Cost(launches=2),
+    "group_norm_double_backward": Cost(launches=2),
 }
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import select
 from .function import Function
+from .inputs import check_number, check_rows
 from .logsumexp import LogSumExpBackward, full_precision, saved_logsumexp, with_unit_column_stride
 from .registration import derivative, register, third_derivative
 
@@ -192,10 +193,12 @@ def cross_entropy_with_logsumexp(
         under autocast.
 
     Raises:
-        TypeError: ``logits`` or ``target`` is not a tensor or has the wrong dtype.
+        TypeError: ``logits`` or ``target`` is not a dense tensor or has the wrong dtype, or ``label_smoothing`` is not
+            a number.
         ValueError: a shape does not fit, or ``label_smoothing`` is outside [0, 1].
         IndexError: on CPU, a class index is out of range; on CUDA a device assertion fails, as in PyTorch.
     """
+    label_smoothing = check_number("label_smoothing", label_smoothing)
     _check(logits, target, label_smoothing)
     backend = select(logits)
     if target.is_floating_point():
@@ -213,7 +216,7 @@ def cross_entropy_with_logsumexp(
         CrossEntropyWithLogSumExp,
         with_unit_column_stride(logits),
         target,
-        float(label_smoothing),
+        label_smoothing,
         ignore_index,
         full_precision(logits),
         backend,
@@ -222,11 +225,8 @@ def cross_entropy_with_logsumexp(
 
 
 def _check(logits: Tensor, target: Tensor, label_smoothing: float) -> None:
-    for name, value in (("logits", logits), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} is a {type(value).__name__}; cross_entropy_with_logsumexp needs a torch.Tensor")
-    if not logits.is_floating_point():
-        raise TypeError(f"logits are {logits.dtype}; they must be floating point")
+    check_rows("logits", logits, "cross_entropy_with_logsumexp")
+    check_rows("target", target, "cross_entropy_with_logsumexp", integers=True)
     if logits.dim() != 2:
         raise ValueError(f"logits have shape {tuple(logits.shape)}; they must be (N, C). Flatten further dimensions")
     if target.dtype != torch.int64 and not target.is_floating_point():

@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import select
 from .function import Function
+from .inputs import check_number, check_rows
 from .logsumexp import full_precision, with_unit_column_stride
 from .registration import derivative, register, third_derivative
 
@@ -136,17 +137,14 @@ def gradient_norm(gradient: Tensor, p: float = 2.0, *, power: float = 1) -> Tens
         ``‖gradient‖ₚ^power``, (N,), in the dtype of ``gradient``; float32 for a 16-bit gradient under autocast.
 
     Raises:
-        TypeError: ``gradient`` is not a tensor or not floating point, or ``p`` or ``power`` is not a number.
+        TypeError: ``gradient`` is not a dense tensor of these dtypes, or ``p`` or ``power`` is not a number (Python's
+            or NumPy's).
         ValueError: it has no dimension, ``p`` is outside [1, ∞], or ``power`` is not positive and finite.
     """
-    if not isinstance(gradient, Tensor):
-        raise TypeError(f"gradient is a {type(gradient).__name__}; gradient_norm needs a torch.Tensor")
-    if not gradient.is_floating_point():
-        raise TypeError(f"gradient is {gradient.dtype}; gradient_norm needs a floating-point tensor")
+    check_rows("gradient", gradient, "gradient_norm")
     if gradient.dim() == 0:
         raise ValueError("gradient has no dimension; gradient_norm needs shape (N, ...), one sample a row")
-    check_norm(p, power)
-    p, power = float(p), float(power)
+    p, power = check_norm(p, power)
     backend = select(gradient)
     if backend == "reference" or gradient.numel() == 0:
         return reference.gradient_norm(gradient, p, power)
@@ -155,15 +153,14 @@ def gradient_norm(gradient: Tensor, p: float = 2.0, *, power: float = 1) -> Tens
     return derivative(GradientNorm, rows, p, power, full_precision(gradient), backend)[0]
 
 
-def check_norm(p: float, power: float) -> None:
-    """Raise unless p is a number in [1, ∞] and power a positive, finite one."""
-    for name, value in (("p", p), ("power", power)):
-        if not isinstance(value, int | float):
-            raise TypeError(f"{name} is {value!r}; it must be a number (for the maximum norm p=math.inf)")
+def check_norm(p: float, power: float) -> tuple[float, float]:
+    """p and power as Python floats, if p is a number in [1, ∞] and power a positive, finite one."""
+    p, power = check_number("p", p, " (for the maximum norm math.inf)"), check_number("power", power)
     if not p >= 1:
-        raise ValueError(f"p is {p}; the order of the norm must be in [1, inf]")
+        raise ValueError(f"p is {p:g}; the order of the norm must be in [1, inf]")
     if not 0 < power < float("inf"):
-        raise ValueError(f"power is {power}; it must be positive and finite")
+        raise ValueError(f"power is {power:g}; it must be positive and finite")
+    return p, power
 
 
 def _rows(gradient: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from .. import reference
 from ..backends import select
 from ..reference import accumulation_dtype
 from .function import Function
+from .inputs import check_rows
 from .registration import derivative, register, third_derivative
 
 
@@ -155,23 +156,21 @@ def logsumexp(input: Tensor, dim: int | tuple[int, ...] = -1, keepdim: bool = Fa
         float32 (float64 for float64).
 
     Raises:
-        TypeError: ``input`` is not a tensor, or is complex; or ``dim`` is neither an int nor a tuple of them.
+        TypeError: ``input`` is not a dense tensor of these dtypes; or ``dim`` is neither an int nor a tuple of them.
         IndexError: ``dim`` is out of range.
         RuntimeError: ``dim`` names a dimension twice, or a third derivative is asked for.
     """
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input is a {type(input).__name__}; logsumexp needs a torch.Tensor")
-    if input.is_complex():
-        raise TypeError(f"input is {input.dtype}; logsumexp needs a real tensor")
+    check_rows("input", input, "logsumexp", integers=True)
     if not input.is_floating_point():
         input = input.to(torch.get_default_dtype())
+    dims = (dim,) if type(dim) is int else _dims(dim)
     backend = select(input)
     if backend == "reference" or input.numel() == 0:
-        return reference.logsumexp(input, dim, keepdim)
+        return reference.logsumexp(input, dims, keepdim)
     # The common case, on the short path.
-    if input.dim() == 2 and isinstance(dim, int) and dim in (-1, 1) and not keepdim:
+    if input.dim() == 2 and dims in ((-1,), (1,)) and not keepdim:
         return derivative(LogSumExp, with_unit_column_stride(input), full_precision(input), backend)[0]
-    reduced = _canonical_dims(dim, input.dim())
+    reduced = _canonical_dims(dims, input.dim())
     kept = [d for d in range(input.dim()) if d not in reduced]
     kept_shape = [input.shape[d] for d in kept]
     rows = input.permute(*kept, *reduced).flatten(len(kept)) if reduced else input.reshape(1, 1)
@@ -182,12 +181,17 @@ def logsumexp(input: Tensor, dim: int | tuple[int, ...] = -1, keepdim: bool = Fa
     return result.reshape(kept_shape)
 
 
-def _canonical_dims(dim: int | tuple[int, ...], rank: int) -> list[int]:
-    """The reduced dimensions as sorted numbers in [0, rank); none for a 0-d input."""
-    dims = [dim] if isinstance(dim, int) else list(dim) if isinstance(dim, tuple | list) else [dim]
-    if not all(isinstance(d, int) for d in dims):
+def _dims(dim: Any) -> tuple[int, ...]:
+    """The dimensions to reduce as they were given; a bool, which Python counts among the ints, is none."""
+    dims = tuple(dim) if isinstance(dim, tuple | list) else (dim,)
+    if not all(isinstance(d, int) and not isinstance(d, bool) for d in dims):
         raise TypeError(f"dim is {dim!r}; it must be an int or a tuple of ints")
-    if not dims:
+    return dims
+
+
+def _canonical_dims(dims: tuple[int, ...], rank: int) -> list[int]:
+    """The reduced dimensions as sorted numbers in [0, rank); none for a 0-d input."""
+    if not dims and rank:
         raise RuntimeError("dim is empty; logsumexp needs at least one dimension to reduce, as torch.logsumexp does")
     span = max(rank, 1)  # a 0-d input has one virtual dimension
     for d in dims:
@@ -195,5 +199,5 @@ def _canonical_dims(dim: int | tuple[int, ...], rank: int) -> list[int]:
             raise IndexError(f"dim is {d}; for an input of {rank} dimensions it must be in [{-span}, {span - 1}]")
     canonical = sorted(d % span for d in dims)
     if len(set(canonical)) < len(canonical):
-        raise RuntimeError(f"dim is {tuple(dims)}, which names a dimension twice")
+        raise RuntimeError(f"dim is {dims}, which names a dimension twice")
     return canonical if rank else []

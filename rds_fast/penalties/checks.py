@@ -18,6 +18,9 @@ _PASSED_ON = frozenset(
     for operation in ("Alias", "Clone", "ReshapeAlias", "Squeeze", "ToCopy", "UnsafeView", "Unsqueeze", "View")
 )
 
+# PyTorch's default ignore_index: rows of this class index enter neither the cross-entropy nor a penalty on labels.
+IGNORED = -100
+
 # How many such nodes are looked through. A head has one or two: a cast, a flattening.
 _LONGEST_PASSAGE = 8
 
@@ -45,8 +48,24 @@ def check_input(x: Any) -> None:
         )
 
 
-def check_grad_enabled() -> None:
-    """A penalty is a gradient, so gradients must be enabled where it is computed, for evaluation too."""
+def check_model(model: Any) -> None:
+    """model can be called with x: not a module's class, and not None."""
+    if not callable(model) or isinstance(model, type):
+        found = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(
+            f"the model is {found}; it must be a callable that maps x (N, ...) to logits (N, C), such as a "
+            "torch.nn.Module"
+        )
+
+
+def check_autograd() -> None:
+    """A penalty is a gradient, which autograd takes: gradients are enabled, for evaluation too, outside torch.func."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise RuntimeError(
+            "the penalty was called inside a transformation of torch.func (grad, vjp, jvp, vmap ...), which it does "
+            "not support: it takes the gradient with respect to x by autograd itself. Differentiate it by autograd "
+            "too: penalty.backward(), or torch.autograd.grad(penalty, list(model.parameters()))"
+        )
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "the penalty was called in torch.inference_mode, and it needs the gradient of the model with respect to x; "
@@ -110,7 +129,7 @@ def _compiled(found: str) -> RuntimeError:
 def check_given_logits(logits: Tensor, x: Tensor) -> None:
     """What holds by construction where a penalty runs the model itself."""
     check_input(x)
-    check_grad_enabled()
+    check_autograd()
     check_logits(logits, x)
     if not x.requires_grad:
         raise RuntimeError(
@@ -125,18 +144,7 @@ def check_given_logits(logits: Tensor, x: Tensor) -> None:
 def refuse_normalised(logits: Tensor) -> None:
     """Log-probabilities have log Σ exp = 0 for every x, so the density penalty of them is identically zero."""
     head = _head(logits)
-    if head is None:
-        return
-    name = head.name()
-    normalised = name.startswith("LogSoftmaxBackward") and not _over_samples(head._saved_dim)
-    if name.startswith("SubBackward"):  # f − log Σ exp f, written out
-        (minuend, _), (subtrahend, _) = head.next_functions[:2]
-        normalised = (
-            subtrahend is not None
-            and subtrahend.name().startswith("LogsumexpBackward")
-            and subtrahend.next_functions[0][0] is minuend
-        )
-    if normalised:
+    if head is not None and _is_normalised(head, samples=logits.shape[0]):
         raise ValueError(
             "the model ends in log-softmax: its outputs are log-probabilities, whose log-sum-exp is 0 for every x, so "
             "the density penalty would be identically zero; return the logits before the log-softmax (and train with "
@@ -144,23 +152,53 @@ def refuse_normalised(logits: Tensor) -> None:
         )
 
 
-def _over_samples(dim: int) -> bool:
-    """Whether a softmax's saved dim is the samples'. Negative dims are saved as unsigned 64-bit numbers."""
-    return dim in (0, 2**64 - 2)
+def _is_normalised(head: Any, samples: int) -> bool:
+    """Whether a node is a log-softmax within each sample: the operation itself, or written out in one of two ways."""
+    kind = _kind(head)
+    if kind == "LogSoftmaxBackward":
+        return _within_samples(head, head._saved_dim, samples)
+    if kind == "LogBackward":  # log softmax f
+        softmax = _behind_views(head.next_functions[0][0])
+        return _kind(softmax) == "SoftmaxBackward" and _within_samples(softmax, softmax._saved_dim, samples)
+    if kind == "SubBackward" and head._saved_alpha == 1:  # f − log Σ exp f
+        minuend, (subtrahend, _) = head.next_functions
+        return (
+            _kind(subtrahend) == "LogsumexpBackward"
+            and subtrahend.next_functions[0] == minuend
+            and subtrahend._saved_keepdim
+            and all(_within_samples(head, dim, samples) for dim in subtrahend._saved_dim)
+        )
+    return False
+
+
+def _within_samples(node: Any, dim: int, samples: int) -> bool:
+    """Whether ``dim`` of a node's result is not the samples', which are dimension 0 if there are as many of them."""
+    shape = node._input_metadata[0].shape
+    dim = dim - 2**64 if dim >= 2**63 else dim  # negative dims are saved as unsigned 64-bit numbers
+    return shape[0] == samples and dim % len(shape) != 0
 
 
 def _head(logits: Tensor) -> Any:
     """The autograd node that computed the logits, behind views and casts; None for a leaf."""
-    node = logits.grad_fn
+    return _behind_views(logits.grad_fn)
+
+
+def _behind_views(node: Any) -> Any:
     for _ in range(_LONGEST_PASSAGE):
-        if node is None or node.name().rstrip("0123456789") not in _PASSED_ON:
+        if _kind(node) not in _PASSED_ON:
             break
         node = node.next_functions[0][0]
     return node
 
 
+def _kind(node: Any) -> str:
+    """The name of one of PyTorch's autograd nodes without its number; "" for none and for a Function's."""
+    name = "" if node is None else node.name()
+    return name.rstrip("0123456789") if name[-1:].isdigit() else ""
+
+
 def check_labels(labels: Any, logits: Tensor) -> None:
-    """labels are class indices of the logits' rows. Their range is checked by the caller, where it is free."""
+    """labels are class indices of the logits' rows. Their range is checked by the caller, on CPU alone."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"y is a {type(labels).__name__}; it must be a torch.Tensor of class indices (N,)")
     if labels.dtype != torch.int64:

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..ops.gradient_norm import check_norm, gradient_norm
+from ..ops.inputs import check_number
 from ..ops.logsumexp import logsumexp
 from .checks import (
     check_choice,
     check_given_logits,
     check_input,
-    check_logits,
     refuse_compiled,
     refuse_compiled_logits,
     refuse_normalised,
@@ -39,6 +39,7 @@ from .inner_pass import (
     implementation,
     input_gradient,
     input_gradient_norm,
+    logits_of,
     reduce,
     without_autocast,
 )
@@ -60,13 +61,12 @@ def log_density(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         (N,), in the dtype of the logits (float32 under autocast).
 
     Raises:
-        TypeError, ValueError: x or the logits are not as above.
+        TypeError, ValueError: model, x or the logits are not as above.
         ValueError: the model ends in log-softmax, so that the result would be 0 (recognised where gradients are
             enabled and a parameter or x requires one).
     """
     check_input(x)
-    logits = model(x)
-    check_logits(logits, x)
+    logits = logits_of(model, x)
     refuse_normalised(logits)
     return logsumexp(logits)
 
@@ -123,7 +123,7 @@ def density_penalty_from_logits(
         As ``rds_fast.DensityPenalty``; RuntimeError also if x does not require a gradient.
     """
     check_choice("reduction", reduction, REDUCTIONS)
-    check_norm(p, power)
+    p, power = check_norm(p, power)
     check_given_logits(logits, x)
     refuse_normalised(logits)
     return reduce(input_gradient_norm(logsumexp(logits), x, p, power), reduction)
@@ -151,7 +151,7 @@ class DensityPenalty:
     LeCun (1992) and Ross and Doshi-Velez (2018); the finite difference: Finlay and Oberman (2019).
 
     Args:
-        p: the order of the norm, in [1, ∞].
+        p: the order of the norm, in [1, ∞]. This and the other numbers may be Python's or NumPy's.
         power: a positive number.
         method: ``"exact"`` or ``"finite_difference"``.
         step_size: h, in the units of x, positive; the length of the step in the norm dual to p.
@@ -159,11 +159,12 @@ class DensityPenalty:
             True runs the exact method's forward under ``rds_fast.fast_double_backward``.
 
     Raises:
-        TypeError: x is not a floating-point tensor, or the model does not return one tensor.
+        TypeError: x is not a floating-point tensor, the model is not callable or does not return one tensor, or p,
+            power or step_size is not a number (a tensor is none).
         ValueError: an argument is out of range, the logits are not (N, C), the model ends in log-softmax, or x or
             the logits are 16-bit with a finite difference.
-        RuntimeError: gradients are disabled, there is no gradient path from x to the logits, or the model is compiled
-            (exact).
+        RuntimeError: gradients are disabled, there is no gradient path from x to the logits, the model is compiled
+            (exact), or the penalty is inside a transformation of ``torch.func``, which it does not support.
     """
 
     p: float = 2.0
@@ -175,7 +176,7 @@ class DensityPenalty:
     def __post_init__(self) -> None:
         check_norm(self.p, self.power)
         check_choice("method", self.method, ("exact", "finite_difference"))
-        if not 0 < self.step_size < float("inf"):
+        if not 0 < check_number("step_size", self.step_size) < float("inf"):
             raise ValueError(f"step_size is {self.step_size}; it must be positive and finite, in the units of x")
 
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -217,11 +218,12 @@ class DensityPenalty:
             cross_entropy, log_sum_exp = _cross_entropy_and_logsumexp(logits, y)
             norm, direction = _dual_direction(input_gradient(log_sum_exp, base, create_graph=False), self.p)
             # From the caller's x: if that needs no gradient, neither does the second forward's input.
+            step_size = float(self.step_size)
             with frozen_statistics(model), random_state.replayed():
-                moved_logits = model(x + self.step_size * direction)
+                moved_logits = model(x + step_size * direction)
             # Other samples move this one through batch norm, so a zero direction alone would not give zero.
             difference = torch.where(norm == 0, 0.0, logsumexp(moved_logits) - log_sum_exp)
-            penalty = gradient_norm(difference / self.step_size, 1.0, power=self.power)
+            penalty = gradient_norm(difference / step_size, 1.0, power=self.power)
         return PerSample(penalty, cross_entropy, logits)
 
 

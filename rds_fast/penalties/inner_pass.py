@@ -19,7 +19,7 @@ from ..backends import use_backend
 from ..double_backward import fast_double_backward
 from ..ops.gradient_norm import gradient_norm
 from ..ops.logsumexp import autocast_enabled
-from .checks import check_grad_enabled, check_input, check_logits, no_path
+from .checks import check_autograd, check_input, check_logits, check_model, no_path
 
 # The cotangent of the inner pass where it may run in float16. It lifts what lies below 6e-8, float16's least number,
 # and leaves room below 65504 for gradients of up to 255. A power of two, so that undoing it in float32 is exact. It is
@@ -47,15 +47,22 @@ def differentiable_input(x: Tensor) -> Tensor:
     requires a gradient the alias is a view, so that the penalty stays differentiable with respect to x.
     """
     check_input(x)
-    check_grad_enabled()
+    check_autograd()
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
 
-def forward(model: Callable[[Tensor], Tensor], x: Tensor, *, twice_differentiable: bool = True) -> Tensor:
-    """The model's logits, checked; with a fast double backward if they are to be differentiated twice."""
-    with fast_double_backward() if twice_differentiable else nullcontext():
-        logits = model(x)
+def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The model's logits, checked."""
+    check_model(model)
+    logits = model(x)
     check_logits(logits, x)
+    return logits
+
+
+def forward(model: Callable[[Tensor], Tensor], x: Tensor, *, twice_differentiable: bool = True) -> Tensor:
+    """The same, where they require a gradient; with a fast double backward if they are to be differentiated twice."""
+    with fast_double_backward() if twice_differentiable else nullcontext():
+        logits = logits_of(model, x)
     if not logits.requires_grad:
         raise no_path()
     return logits
@@ -78,6 +85,7 @@ def input_gradient(output: Tensor, x: Tensor, *, cotangent: float = 1.0, create_
 
 def input_gradient_norm(output: Tensor, x: Tensor, p: float, power: float) -> Tensor:
     """``‖∇ₓ output‖ₚ^power`` of each sample, (N,), differentiable: the inner pass with its graph."""
+    power = float(power)  # the negative of one of NumPy's unsigned numbers is not what it says
     cotangent = FLOAT16_COTANGENT if _in_float16(output, x) else 1.0
     gradient = input_gradient(output, x, cotangent=cotangent, create_graph=True)
     if cotangent == 1.0:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..ops.cross_entropy import check_class_indices, cross_entropy_with_logsumexp
 from ..ops.gradient_norm import check_norm
-from .checks import check_choice, check_given_logits, check_labels, refuse_compiled, refuse_compiled_logits
+from .checks import IGNORED, check_choice, check_given_logits, check_labels, refuse_compiled, refuse_compiled_logits
 from .inner_pass import PerSample, differentiable_input, forward, implementation, input_gradient_norm
 
 
@@ -31,17 +31,20 @@ class InputGradientPenalty:
     (arXiv 2407.04370).
 
     Args:
-        p: the order of the norm, in [1, ∞].
-        power: a positive number; 2 is the form of the first two sources.
-        of: ``"cross_entropy"`` (y: class indices (N,) or probabilities (N, C); an ignored row, index −100, has
-            penalty 0) or ``"target_logit"`` (y: class indices alone).
+        p: the order of the norm, in [1, ∞]. This and power may be Python's or NumPy's numbers.
+        power: a positive number; 2 is the form of the first two sources. The command ``rds-fast train`` has its own
+            default for both penalties, 1, the form of the third.
+        of: ``"cross_entropy"`` (y: class indices (N,) or probabilities (N, C)) or ``"target_logit"`` (y: class
+            indices alone). An ignored row, index −100, has penalty 0 and counts in the mean of the penalty.
         fast: False runs the penalty's own operations (cross-entropy, norm) on plain PyTorch.
 
     Raises:
-        TypeError: x is not a floating-point tensor, y is of the wrong type, or the model does not return one tensor.
+        TypeError: x is not a floating-point tensor, y is of the wrong type, the model is not callable or does not
+            return one tensor, or p or power is not a number (a tensor is none).
         ValueError: an argument is out of range, or the logits or y have the wrong shape.
         IndexError: on CPU, a class index is out of range; on CUDA a device assertion fails, as in PyTorch.
-        RuntimeError: gradients are disabled, there is no gradient path from x to the logits, or the model is compiled.
+        RuntimeError: gradients are disabled, there is no gradient path from x to the logits, the model is compiled, or
+            the penalty is inside a transformation of ``torch.func``, which it does not support.
     """
 
     p: float = 2.0
@@ -88,7 +91,9 @@ class InputGradientPenalty:
 
 
 def _target_logit(logits: Tensor, y: Tensor) -> Tensor:
+    """f_y (N,); 0, with the gradient 0, for an ignored row, as its cross-entropy is."""
     check_labels(y, logits)
     if not logits.is_cuda:
-        check_class_indices(y, logits.shape[1])
-    return logits.gather(1, y.unsqueeze(1)).squeeze(1)
+        check_class_indices(y, logits.shape[1], IGNORED)
+    ignored = y == IGNORED
+    return logits.gather(1, y.masked_fill(ignored, 0).unsqueeze(1)).squeeze(1).masked_fill(ignored, 0.0)

@@ -10,12 +10,9 @@ from torch import Tensor
 
 from ..double_backward import fast_double_backward
 from ..ops.cross_entropy import cross_entropy_with_logsumexp
-from .checks import check_input, check_logits
-from .inner_pass import PerSample, differentiable_input, forward, implementation
+from .checks import IGNORED, check_input
+from .inner_pass import PerSample, differentiable_input, forward, implementation, logits_of
 from .schedules import Schedule, check_weight
-
-# PyTorch's default ignore_index: rows of this class index do not enter the cross-entropy or its mean.
-IGNORED = -100
 
 
 class Penalty(Protocol):
@@ -47,7 +44,7 @@ class PenalizedLoss:
 
     Args:
         penalty: a callable ``penalty(model, x, y)`` to a scalar, such as ``rds_fast.DensityPenalty()``.
-        weight: λ, a number that is not negative, or a schedule: a callable of the step, such as
+        weight: λ, a number (Python's or NumPy's) that is not negative, or a schedule: a callable of the step, such as
             ``rds_fast.schedules.LinearWarmup``.
         fast: False runs the loss's and the penalty's own operations (log-sum-exp, cross-entropy, norm) and the model's
             layers on plain PyTorch; True runs what is differentiated twice under ``rds_fast.fast_double_backward``.
@@ -122,8 +119,7 @@ class PenalizedLoss:
             penalty = from_logits(logits, inputs, y)
         else:
             check_input(x)
-            logits = model(x)
-            check_logits(logits, x)
+            logits = logits_of(model, x)
             with fast_double_backward():
                 penalty = self.penalty(model, x, y)
         return _mean(cross_entropy_with_logsumexp(logits, y)[0], y), _scalar(penalty), logits

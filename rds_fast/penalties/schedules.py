@@ -10,16 +10,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..ops.inputs import check_number
+
 Schedule = Callable[[int], float]
 
 
 def check_weight(weight: float, name: str = "weight") -> float:
-    """The weight, if it is a finite number that is not negative."""
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-        raise TypeError(f"{name} is a {type(weight).__name__}; it must be a Python number (a tensor: .item(), once)")
-    if not 0 <= weight < math.inf:
-        raise ValueError(f"{name} is {weight}; it must be finite and not negative")
-    return float(weight)
+    """The weight as a Python float, if it is a finite number that is not negative."""
+    number = check_number(name, weight)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} is {number}; it must be finite and not negative")
+    return number
 
 
 def _check_steps(steps: int, name: str = "steps") -> None:
@@ -87,7 +88,7 @@ class Cosine:
         progress = min(1.0, step / self.steps)
         # The share of the way left, never outside [0, 1], so that the weight never leaves [start, end].
         left = 0.5 * (1.0 + math.cos(math.pi * progress))
-        return left * self.start + (1.0 - left) * self.end
+        return left * float(self.start) + (1.0 - left) * float(self.end)
 
 
 @dataclass(frozen=True)
@@ -110,4 +111,4 @@ class Step:
     def __call__(self, step: int) -> float:
         _check_step(step)
         passed = sum(step >= milestone for milestone in self.milestones)
-        return float(self.weight * self.factor**passed)
+        return float(self.weight) * float(self.factor) ** passed

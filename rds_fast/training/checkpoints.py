@@ -43,8 +43,12 @@ def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     write_atomically(path, safetensors.save(on_cpu, metadata={"state": json.dumps(state, allow_nan=False)}))
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What ``save`` wrote, on the CPU.
+
+    Args:
+        path: the file.
+        remedy: what to do if it is damaged, for the error's message.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -58,7 +62,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             state = json.loads((file.metadata() or {})["state"])
             return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
     except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged or is no checkpoint of rds_fast ({error!r}); delete it") from error
+        raise ValueError(f"{path} is damaged or is no checkpoint of rds_fast ({error!r}): {remedy}") from error
 
 
 def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

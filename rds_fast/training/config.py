@@ -53,7 +53,11 @@ class TrainingConfig:
     objective: str = _setting("density", "Objective", "The penalty, if any.", names=OBJECTIVES)
     weight: float = _setting(0.5, "Objective", "The penalty's weight.")
     p: float = _setting(2.0, "Objective", "The norm, from 1 to inf.")
-    power: float = _setting(1.0, "Objective", "The exponent of the norm.")
+    power: float = _setting(
+        1.0,
+        "Objective",
+        "The exponent of the norm, the same for both penalties; InputGradientPenalty's own default is 2.",
+    )
     of: str = _setting(
         "target_logit", "Objective", "Whose input gradient.", names=GRADIENTS_OF, only=("objective", "input-gradient")
     )

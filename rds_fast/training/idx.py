@@ -12,6 +12,8 @@ import numpy as np
 _MAGIC = {"images": 0x00000803, "labels": 0x00000801}
 _PIXELS = 28
 
+SPLITS = ("train", "t10k")
+
 
 def find(folder: Path, split: str, kind: str) -> Path:
     """The file of one split ("train" or "t10k") and kind ("images" or "labels") in a folder, in any usual spelling.
@@ -75,18 +77,31 @@ def read(path: Path, kind: str) -> np.ndarray:
     return values
 
 
-def read_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 28, 28) and labels (N,) of one split.
+def read_set(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Images (N, 28, 28) and labels (N,) of each split, "train" and "t10k".
 
     Raises:
-        FileNotFoundError, ValueError: as ``find`` and ``read``, or the two files hold different numbers of samples.
+        FileNotFoundError: a file is missing, and those that are there are as they should be.
+        ValueError: a file is damaged (see ``read``), or those of a split hold different numbers of samples. The message
+            names all that is wrong, missing files included.
     """
-    image_path, label_path = find(folder, split, "images"), find(folder, split, "labels")
-    images, labels = read(image_path, "images"), read(label_path, "labels")
-    if len(images) != len(labels):
-        raise ValueError(
-            f"{image_path} holds {len(images)} images and {label_path} {len(labels)} labels; expected as many of each"
-        )
-    if len(images) == 0:
-        raise ValueError(f"{image_path} holds no images; expected at least one")
-    return images, labels
+    files: dict[tuple[str, str], np.ndarray] = {}
+    faults: list[Exception] = []
+    for split in SPLITS:
+        for kind in _MAGIC:
+            try:
+                files[split, kind] = read(find(folder, split, kind), kind)
+            except (FileNotFoundError, ValueError) as fault:
+                faults.append(fault)
+        counts = [len(files[split, kind]) for kind in _MAGIC if (split, kind) in files]
+        if len(counts) == 2 and (counts[0] != counts[1] or counts[0] == 0):
+            images, labels = (find(folder, split, kind) for kind in _MAGIC)
+            found = f"{images} holds {counts[0]} images and {labels} {counts[1]} labels"
+            faults.append(ValueError(f"{found}; expected as many of each, and at least one"))
+    if not faults:
+        return {split: (files[split, "images"], files[split, "labels"]) for split in SPLITS}
+    if len(faults) == 1:
+        raise faults[0]
+    message = f"{len(faults)} faults. " + ". ".join(map(str, faults))
+    only_missing = all(isinstance(fault, FileNotFoundError) for fault in faults)
+    raise FileNotFoundError(message) if only_missing else ValueError(message)

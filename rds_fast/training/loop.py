@@ -292,11 +292,16 @@ class _Run:
     def _finish(self) -> TrainingResult:
         self.state.model.eval()
         checkpoints.save(self.run_dir / runs.MODEL, self.state.model.state_dict(), {"step": self.state.step})
+        metrics = runs.read_metrics(self.run_dir)
+        if metrics and metrics[-1]["step"] == self.state.step:  # the last epoch's, which has it
+            accuracy = metrics[-1]["validation_accuracy"]
+        else:  # someone removed the rows of a finished run that was resumed
+            accuracy, _ = evaluate_accuracy(self.state.model, self.validation)
         return TrainingResult(
             model=self.state.model,
             config=self.config,
             run_dir=self.run_dir,
-            metrics=runs.read_metrics(self.run_dir),
-            validation_accuracy=evaluate_accuracy(self.state.model, self.validation)[0],
+            metrics=metrics,
+            validation_accuracy=accuracy,
             seconds=self.state.seconds,
         )

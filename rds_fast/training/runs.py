@@ -125,7 +125,8 @@ def load_model(run_dir: str | Path, device: torch.device | str = "cpu") -> tuple
         )
     with torch.random.fork_rng(devices=[]):  # the initial weights are drawn and then replaced
         model = models.build(config.model, data.image_shape(config.data), data.CLASSES)
-    tensors, _ = checkpoints.load(path)
+    again = f"delete it, and 'rds-fast train --out {run_dir} --resume' writes it again from the run's checkpoint"
+    tensors, _ = checkpoints.load(path, again)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

@@ -71,7 +71,11 @@ class TrainingState:
             FileNotFoundError: there is none.
             ValueError: it is damaged, or of another model.
         """
-        tensors, rest = checkpoints.load(path)
+        tensors, rest = checkpoints.load(
+            path,
+            "the progress since the last good checkpoint is lost. If you kept a copy of that one, put it here; else "
+            "delete the file, and --resume begins the run again",
+        )
         try:
             self.model.load_state_dict(checkpoints.under("model", tensors))
             checkpoints.unpack_optimizer(self.optimizer, checkpoints.under("optimizer", tensors), rest["optimizer"])

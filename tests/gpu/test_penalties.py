@@ -165,6 +165,22 @@ def test_a_step_reads_no_device_value(name: str, dtype: torch.dtype) -> None:
             x.sum().item()
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("of", ["cross_entropy", "target_logit"])
+def test_ignored_rows_have_no_penalty(of: str) -> None:
+    """As on the CPU, with no assertion of the device and no value read from it."""
+    model, (x, y) = network().eval(), batch()
+    penalty = InputGradientPenalty(of=of, power=1)
+    expected = penalty.per_sample(model, x, y).penalty
+    ignored = torch.arange(len(y), device=DEVICE) % 3 == 0
+    y = torch.where(ignored, -100, y)
+    penalty.per_sample(model, x, y)  # compiles kernels and chooses algorithms, which may wait
+    torch.cuda.synchronize()
+    with without_synchronisation():
+        ours = penalty.per_sample(model, x, y).penalty
+    torch.testing.assert_close(ours, expected.masked_fill(ignored, 0.0))
+
+
 def test_gradient_scaler() -> None:
     model, (x, y) = network(), batch()
     expected = truth(DensityPenalty(), model, x, y)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
+from kernel_cases import derivatives
 from torch import Tensor
 
 import rds_fast
@@ -71,16 +72,6 @@ def inputs(size: tuple[int, int], dtype: torch.dtype, count: int) -> list[Tensor
     return [torch.randn(shape, generator=generator).to(dtype).cuda() for shape in shapes]
 
 
-def orders(function: Callable, x: Tensor, v: Tensor, *cotangents: Tensor) -> list[Tensor]:
-    """The results, gx, the gradients of the cotangents and dx, by autograd."""
-    x, *cotangents = (t.detach().requires_grad_() for t in (x, *cotangents))
-    results = function(x)
-    results = results if isinstance(results, tuple) else (results,)
-    (gx,) = torch.autograd.grad(results, x, cotangents, create_graph=True)
-    double = torch.autograd.grad(gx, (*cotangents, x), v, allow_unused=True, materialize_grads=True)
-    return [t.detach() for t in (*results, gx, *double)]
-
-
 def assert_accurate(ours: Tensor, theirs: Tensor, truth: Tensor, scale: Tensor | None = None) -> None:
     """As close to the truth as PyTorch, plus the tolerance at the row's largest value, or at ``scale``, its terms'."""
     assert ours.dtype == theirs.dtype
@@ -97,10 +88,10 @@ def assert_accurate(ours: Tensor, theirs: Tensor, truth: Tensor, scale: Tensor |
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_logsumexp(ran: Counter[str], size: tuple[int, int], dtype: torch.dtype) -> None:
     x, v, g = inputs(size, dtype, 1)
-    ours = orders(lambda x: rds_fast.logsumexp(x, 1), x, v, g)
+    ours = derivatives(lambda x: rds_fast.logsumexp(x, 1), x, v, g)
     assert_ran(ran, "logsumexp")
-    theirs = orders(lambda x: torch.logsumexp(x, 1), x, v, g)
-    truth = orders(lambda x: torch.logsumexp(x, 1), x.double(), v.double(), g.double())
+    theirs = derivatives(lambda x: torch.logsumexp(x, 1), x, v, g)
+    truth = derivatives(lambda x: torch.logsumexp(x, 1), x.double(), v.double(), g.double())
     terms = (v.double() * x.double().softmax(1)).abs().sum(1)
     scales = (x.double().abs().amax(1), None, terms, g.double().abs() * terms)
     for our, their, true, scale in zip(ours, theirs, truth, scales, strict=True):
@@ -125,12 +116,12 @@ def test_cross_entropy(
         ce = torch.nn.functional.cross_entropy(f, q, reduction="none", label_smoothing=label_smoothing)
         return ce, torch.logsumexp(f, 1)
 
-    ours = orders(
+    ours = derivatives(
         lambda f: rds_fast.cross_entropy_with_logsumexp(f, target, label_smoothing=label_smoothing), f, v, g, h
     )
     assert_ran(ran, "cross_entropy")
-    theirs = orders(plain, f, v, g, h)
-    truth = orders(plain, *(t.double() for t in (f, v, g, h)))
+    theirs = derivatives(plain, f, v, g, h)
+    truth = derivatives(plain, *(t.double() for t in (f, v, g, h)))
     terms = v.double().abs().amax(1)  # dg_ce and dg_lse are averages of terms of both signs
     a = g.double().abs() + h.double().abs()
     scales = (None, f.double().abs().amax(1), None, terms, terms, a * (v.double() * f.double().softmax(1)).abs().sum(1))
@@ -146,10 +137,10 @@ def test_gradient_norm(ran: Counter[str], size: tuple[int, int], p: float, power
     x = torch.where(x < 0, -1, 1) * (0.25 + x.abs() / 8)  # away from 0, where PyTorch's second derivative overflows
     if dtype == torch.float16:
         x = x / 32  # the 1-norm of a million values, and their sum of squares, stay below 65504
-    ours = orders(lambda x: rds_fast.gradient_norm(x, p, power=power), x, v, g)
+    ours = derivatives(lambda x: rds_fast.gradient_norm(x, p, power=power), x, v, g)
     assert_ran(ran, "gradient_norm")
-    theirs = orders(lambda x: torch.linalg.vector_norm(x, p, dim=1) ** power, x, v, g)
-    truth = orders(lambda x: reference.gradient_norm(x, p, power), x.double(), v.double(), g.double())
+    theirs = derivatives(lambda x: torch.linalg.vector_norm(x, p, dim=1) ** power, x, v, g)
+    truth = derivatives(lambda x: reference.gradient_norm(x, p, power), x.double(), v.double(), g.double())
     terms = (truth[1] / g.double()[:, None] * v.double()).abs().sum(1)
     norm = torch.linalg.vector_norm(x.double(), p, dim=1)
     difference = (truth[1] * (v.double() / x.double())).abs().amax(1) + (truth[1].abs().amax(1) * terms / norm**power)
@@ -166,8 +157,8 @@ def test_infinities_and_nan(C: int) -> None:
     x[3, :-1] = -INF
     x[4] *= 1e30
     v, g = torch.randn_like(x), torch.randn(5, device="cuda")
-    ours = orders(lambda x: rds_fast.logsumexp(x, 1), x, v, g)
-    for our, true in zip(ours, orders(lambda x: torch.logsumexp(x, 1), x, v, g), strict=True):
+    ours = derivatives(lambda x: rds_fast.logsumexp(x, 1), x, v, g)
+    for our, true in zip(ours, derivatives(lambda x: torch.logsumexp(x, 1), x, v, g), strict=True):
         torch.testing.assert_close(our, true, rtol=1e-5, atol=1e-5, equal_nan=True)
     target = torch.tensor([0, 0, 0, C - 1, 1], device="cuda")
     ce, _ = rds_fast.cross_entropy_with_logsumexp(x, target)
@@ -196,9 +187,9 @@ def test_norms_neither_overflow_nor_underflow(scale: float, p: float, D: int) ->
 @pytest.mark.parametrize("p", [1.0, 1.5, 2.0, INF])
 def test_zero_rows(p: float) -> None:
     x, v, g = torch.zeros(3, 7, device="cuda"), torch.randn(3, 7, device="cuda"), torch.ones(3, device="cuda")
-    for tensor in orders(lambda x: rds_fast.gradient_norm(x, p), x, v, g):
+    for tensor in derivatives(lambda x: rds_fast.gradient_norm(x, p), x, v, g):
         assert not tensor.any()
-    assert torch.equal(orders(lambda x: rds_fast.gradient_norm(x, 2.0, power=2), x, v, g)[3], 2 * v)
+    assert torch.equal(derivatives(lambda x: rds_fast.gradient_norm(x, 2.0, power=2), x, v, g)[3], 2 * v)
 
 
 def test_index_out_of_range_is_nan() -> None:
@@ -231,18 +222,18 @@ def test_the_same_bits_on_every_run(size: tuple[int, int]) -> None:
         (lambda x: rds_fast.cross_entropy_with_logsumexp(x, target, label_smoothing=0.1), (g, h)),
         (lambda x: rds_fast.gradient_norm(x, 3.0), (g,)),
     ):
-        first = orders(function, x, v, *cotangents)
+        first = derivatives(function, x, v, *cotangents)
         for _ in range(5):
-            for again, once in zip(orders(function, x, v, *cotangents), first, strict=True):
+            for again, once in zip(derivatives(function, x, v, *cotangents), first, strict=True):
                 assert torch.equal(again, once)
 
 
 def test_one_launch_an_operation_for_short_rows(ran: Counter[str]) -> None:
     x, v, g, h = inputs((65_536, 10), torch.bfloat16, 2)
     target = torch.zeros(65_536, dtype=torch.int64, device="cuda")
-    orders(lambda x: rds_fast.logsumexp(x, 1), x, v, g)
-    orders(lambda x: rds_fast.cross_entropy_with_logsumexp(x, target), x, v, g, h)
-    orders(lambda x: rds_fast.gradient_norm(x), x, v, g)
+    derivatives(lambda x: rds_fast.logsumexp(x, 1), x, v, g)
+    derivatives(lambda x: rds_fast.cross_entropy_with_logsumexp(x, target), x, v, g, h)
+    derivatives(lambda x: rds_fast.gradient_norm(x), x, v, g)
     kernels = ("_forward_kernel", "_backward_kernel", "_double_backward_kernel")
     assert ran == {family + kernel: 1 for family in FAMILIES for kernel in kernels}
 

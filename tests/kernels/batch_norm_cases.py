@@ -97,6 +97,12 @@ def test_absent_tensors(absent: tuple[str, ...], relu: bool, training: bool) -> 
     check(batch_norm, inputs((7, 3, 5), torch.float64, without=absent), training, 0.5, relu)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_parameters_of_another_dtype(dtype: torch.dtype, training: bool) -> None:
+    check(batch_norm, inputs((40, 5, 3, 3), torch.bfloat16, LAST, parameter_dtype=dtype), training, 1e-5, True)
+
+
 @pytest.mark.parametrize("memory_format", [CONTIGUOUS, LAST], ids=str)
 def test_a_large_mean_costs_no_digits(memory_format: torch.memory_format) -> None:
     """Mean 1e4 and deviation 1, where E[x²] − E[x]² has no correct digit in float32."""

@@ -31,7 +31,7 @@ def launch(shape: tuple[int, ...], memory_format: torch.memory_format, dtype: to
         batch_norm.batch_norm_double_backward(x, c, c, residual, x, x, residual, c, c, c, c, True, 1e-5, relu)
     batch_norm.batch_norm_backward(x, x, x, x, c, c, c, c, x, False, 1e-5, True)
     batch_norm.batch_norm_double_backward(x, c, c, x, x, x, x, c, c, c, c, False, 1e-5, True)
-    batch_norm.batch_norm_input_gradient(x, x, c, c, c, c, c, c, False, 1e-5, True)
+    batch_norm.batch_norm_input_gradient(x, x, c, c, c, c, c, False, 1e-5, True)
 
 
 def cases(target: str) -> Iterator[tuple[str, Callable[[], None]]]:

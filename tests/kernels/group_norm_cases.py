@@ -24,19 +24,19 @@ TOLERANCE = RELATIVE_TOLERANCE | {torch.float16: 2.0**-11, torch.bfloat16: 2.0**
 LAYER_ONE = (3, 1, 1), 1, 512  # K = 1
 LAYER_SHORT = (600, 7, 1), 1, 4  # many rows a program, several tiles of rows each, the last with rows outside
 LAYER = (5, 300, 1), 1, 2
-LAYER_SPLIT = (2, 16_389, 1), 1, 512  # longer than a tile: cut over programs
-LAYER_LONG = (2, 16_389, 1), 1, 1  # one program a row
+LAYER_SPLIT = (2, 8_203, 1), 1, 512  # longer than a tile of float64: cut over programs
+LAYER_LONG = (2, 8_203, 1), 1, 1  # one program a row
 GROUP_OF_VALUES = (4, 12, 1), 3, 512
 GROUP = (3, 8, 15), 2, 512
-GROUP_SPLIT = (2, 4, 9_000), 2, 512
-GROUP_LONG = (2, 4, 9_000), 2, 1
+GROUP_SPLIT = (2, 4, 4_200), 2, 512
+GROUP_LONG = (2, 4, 4_200), 2, 1
 INSTANCE = (3, 5, 33), 5, 512
-INSTANCE_SPLIT = (1, 3, 17_000), 3, 512
+INSTANCE_SPLIT = (1, 3, 8_500), 3, 512
 SHORT = [LAYER_ONE, LAYER_SHORT, LAYER, GROUP_OF_VALUES, GROUP, INSTANCE]
 LONG = [LAYER_SPLIT, LAYER_LONG, GROUP_SPLIT, GROUP_LONG, INSTANCE_SPLIT]  # slow here: dtypes differ in loads alone
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 CASES = [(case, dtype, affine) for case in SHORT for dtype in DTYPES for affine in (True, False)]
-CASES += [(case, dtype, dtype == torch.float32) for case in LONG for dtype in (torch.float32, torch.float64)]
+CASES += [(case, torch.float64, True) for case in LONG]
 Case = tuple[tuple[int, int, int], int, int]
 
 
@@ -125,10 +125,12 @@ def test_an_absent_cotangent_of_the_input_gradient_is_zero(case: Case) -> None:
 @pytest.mark.parametrize("case", [LAYER, LAYER_SPLIT, LAYER_LONG, GROUP, INSTANCE], ids=str)
 def test_a_large_mean_does_not_cost_the_variance(case: Case) -> None:
     x = inputs(case, torch.float32)[0] + 1e4
+    x = torch.cat([x, x + 0.5], 2) if case[0][1] > 5000 else x  # float32 rows may be twice as long before they are cut
     _, mean, rstd = group_norm.group_norm(x, None, None, case[1], 1e-5)
+    # A mean of 1e4 is rounded by up to 5e-4, whose square enters the variance where blocks or splits are merged.
     by_row = x.double().reshape(mean.numel(), -1)
-    torch.testing.assert_close(mean.double(), by_row.mean(1), rtol=1e-7, atol=0)
-    torch.testing.assert_close(rstd.double(), (by_row.var(1, unbiased=False) + 1e-5).rsqrt(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(mean.double(), by_row.mean(1), rtol=2e-7, atol=0)  # one step of float32
+    torch.testing.assert_close(rstd.double(), (by_row.var(1, unbiased=False) + 1e-5).rsqrt(), rtol=3e-6, atol=0)
 
 
 @pytest.mark.parametrize("case", [LAYER, LAYER_SPLIT, GROUP], ids=str)

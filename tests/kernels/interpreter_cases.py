@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,10 @@ from rds_fast import reference
 from rds_fast.kernels import cross_entropy, gradient_norm, logsumexp, rows
 from rds_fast.ops import registration
 from tests.criteria import RELATIVE_TOLERANCE
+from tests.kernel_cases import derivatives, run_cross_entropy, run_gradient_norm, run_logsumexp
+
+# The layer's operations under their names, as torch.ops holds those of another.
+TRITON = SimpleNamespace(**vars(logsumexp) | vars(cross_entropy) | vars(gradient_norm))
 
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -81,16 +86,6 @@ def inputs(size: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, T
     return (3 * x).to(dtype), v.to(dtype), g.to(dtype), h.to(dtype)
 
 
-def by_autograd(function: Callable, x: Tensor, v: Tensor, *cotangents: Tensor) -> list[Tensor]:
-    """The results, gx, the gradients of the cotangents and dx."""
-    x, *cotangents = (t.detach().requires_grad_() for t in (x, *cotangents))
-    results = function(x)
-    results = results if isinstance(results, tuple) else (results,)
-    (gx,) = torch.autograd.grad(results, x, cotangents, create_graph=True)
-    double = torch.autograd.grad(gx, (*cotangents, x), v, allow_unused=True, materialize_grads=True)
-    return [t.detach() for t in (*results, gx, *double)]
-
-
 def assert_accurate(ours: Tensor, theirs: Tensor, truth: Tensor, scale: Tensor | None = None) -> None:
     """The criterion of tests/criteria.py; ``scale``: of a sum of terms of both signs, the size of a row's terms."""
     assert ours.dtype == theirs.dtype
@@ -103,21 +98,13 @@ def assert_accurate(ours: Tensor, theirs: Tensor, truth: Tensor, scale: Tensor |
     assert excess <= 0, f"exceeds the allowed error by {excess:.3e}; worst error {error.max():.3e}"
 
 
-def raw_logsumexp(x: Tensor, v: Tensor, g: Tensor) -> list[Tensor]:
-    result, saved = logsumexp.logsumexp(x, False)
-    lse = saved[:, 0] if saved.shape[1] else result
-    assert lse.dtype == reference.accumulation_dtype(x.dtype)
-    dg, dx = logsumexp.logsumexp_double_backward(v, g, x, lse)
-    return [result, logsumexp.logsumexp_backward(g, x, lse), dg, dx]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_logsumexp(size: tuple[int, int, int], dtype: torch.dtype) -> None:
     x, v, g, _ = inputs(size, dtype)
-    ours = raw_logsumexp(x, v, g)
-    theirs = by_autograd(lambda x: torch.logsumexp(x, 1), x, v, g)
-    truth = by_autograd(lambda x: torch.logsumexp(x, 1), x.double(), v.double(), g.double())
+    ours = run_logsumexp(TRITON, x, v, g)
+    theirs = derivatives(lambda x: torch.logsumexp(x, 1), x, v, g)
+    truth = derivatives(lambda x: torch.logsumexp(x, 1), x.double(), v.double(), g.double())
     terms = (v.double() * x.double().softmax(1)).abs().sum(1)
     largest = x.double().abs().amax(1)  # l is the largest value and a logarithm, which may cancel
     scales = (largest, None, terms, g.double().abs() * terms)
@@ -135,8 +122,8 @@ def test_logsumexp_of_infinities(C: int, programs: int) -> None:
     x[4, 0] = -INF
     x[5] *= 1e300  # neither overflows nor loses the largest
     _, v, g, _ = inputs(x.shape, torch.float64)
-    truth = by_autograd(lambda x: torch.logsumexp(x, 1), x, v, g)
-    for our, true in zip(raw_logsumexp(x, v, g), truth, strict=True):
+    truth = derivatives(lambda x: torch.logsumexp(x, 1), x, v, g)
+    for our, true in zip(run_logsumexp(TRITON, x, v, g), truth, strict=True):
         torch.testing.assert_close(our, true, rtol=1e-12, atol=1e-14, equal_nan=True)
 
 
@@ -147,19 +134,9 @@ def test_row_strides_and_expanded_cotangents() -> None:
     for x in (wide[:, 3:13], wide[0, :10].expand(7, 10), wide[::2].repeat(2, 1)[:7, :1].as_strided((7, 1), (24, 5))):
         v = torch.randn(7, 12, dtype=torch.float64)[:, : x.shape[1]]
         for our, true in zip(
-            raw_logsumexp(x, v, g), by_autograd(lambda x: torch.logsumexp(x, 1), x, v, g), strict=True
+            run_logsumexp(TRITON, x, v, g), derivatives(lambda x: torch.logsumexp(x, 1), x, v, g), strict=True
         ):
             torch.testing.assert_close(our, true, rtol=1e-12, atol=1e-14)
-
-
-def raw_cross_entropy(
-    f: Tensor, target: Tensor, label_smoothing: float, v: Tensor, g: Tensor, h: Tensor
-) -> list[Tensor]:
-    ce, lse, saved = cross_entropy.cross_entropy(f, target, label_smoothing, -100, False)
-    full = saved[:, 0] if saved.shape[1] else lse
-    gx = cross_entropy.cross_entropy_backward(g, h, f, target, full, label_smoothing, -100)
-    double = cross_entropy.cross_entropy_double_backward(v, g, h, f, target, full, label_smoothing, -100)
-    return [ce, lse, gx, *double]
 
 
 def plain_cross_entropy(f: Tensor, target: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
@@ -178,9 +155,9 @@ def test_cross_entropy(size: tuple[int, int, int], dtype: torch.dtype, kind: str
     target[1::3] = -100
     if kind == "probabilities":  # they need not sum to 1, and come in the accumulation dtype
         target = torch.rand(size[:2], dtype=reference.accumulation_dtype(dtype)) / size[1]
-    ours = raw_cross_entropy(f, target, label_smoothing, v, g, h)
-    theirs = by_autograd(lambda f: plain_cross_entropy(f, target, label_smoothing), f, v, g, h)
-    truth = by_autograd(lambda f: plain_cross_entropy(f, target, label_smoothing), *(t.double() for t in (f, v, g, h)))
+    ours = run_cross_entropy(TRITON, f, v, (g, h), target, label_smoothing)
+    theirs = derivatives(lambda f: plain_cross_entropy(f, target, label_smoothing), f, v, g, h)
+    truth = derivatives(lambda f: plain_cross_entropy(f, target, label_smoothing), *(t.double() for t in (f, v, g, h)))
     terms = v.double().abs().amax(1)  # dg_ce and dg_lse are sums of terms of both signs
     largest = f.double().abs().amax(1)  # l is the largest logit and a logarithm, which may cancel
     scales = (None, largest, None, terms, terms, None)
@@ -196,7 +173,7 @@ def test_cross_entropy_of_masked_logits(C: int, programs: int, label_smoothing: 
     f[:, 1], f[3, 1], f[5] = -INF, INF, -INF
     _, v, g, h = inputs((6, C), torch.float64)
     for target in (torch.tensor([0, 1, -100, 0, 1, 2]), torch.rand(6, C, dtype=torch.float64).softmax(1)):
-        ce, lse, gx, *_ = raw_cross_entropy(f, target, label_smoothing, v, g, h)
+        ce, lse, gx, *_ = run_cross_entropy(TRITON, f, v, (g, h), target, label_smoothing)
         true_ce, true_lse = plain_cross_entropy(f, target, label_smoothing)
         torch.testing.assert_close(ce, true_ce, equal_nan=True)
         torch.testing.assert_close(lse, true_lse, equal_nan=True)
@@ -217,18 +194,11 @@ def test_cross_entropy_of_large_logits_keeps_its_digits() -> None:
 def test_index_out_of_range_is_nan(C: int, programs: int) -> None:
     f, v, g, h = inputs((4, C), torch.float64)
     target = torch.tensor([0, C, -1, 2**40])
-    ce, lse, gx, dg_ce, dg_lse, dx = raw_cross_entropy(f, target, 0.1, v, g, h)
+    ce, lse, gx, dg_ce, dg_lse, dx = run_cross_entropy(TRITON, f, v, (g, h), target, 0.1)
     for result in (ce, gx[:, 0], gx[:, -1], dg_ce, dx[:, 0], dx[:, -1]):
         assert result.isnan().tolist() == [False, True, True, True]
     assert lse.isfinite().all()
     assert dg_lse.isfinite().all()
-
-
-def raw_gradient_norm(x: Tensor, v: Tensor, g: Tensor, p: float, power: float) -> list[Tensor]:
-    result, saved = gradient_norm.gradient_norm(x, p, power, False)
-    assert saved.shape == (x.shape[0], 2 if p == INF else 1)
-    dg, dx = gradient_norm.gradient_norm_double_backward(v, g, x, saved, p, power)
-    return [result, gradient_norm.gradient_norm_backward(g, x, saved, p, power), dg, dx]
 
 
 def plain_gradient_norm(p: float, power: float) -> Callable[[Tensor], Tensor]:
@@ -242,9 +212,9 @@ def test_gradient_norm(size: tuple[int, int, int], p: float, power: float, dtype
     x, v, g, _ = inputs(size, torch.float64)
     x = (x.sign() * (0.25 + x.abs() / 8)).to(dtype)  # away from 0, where PyTorch's second derivative overflows
     v, g = v.to(dtype), g.to(dtype)
-    ours = raw_gradient_norm(x, v, g, p, power)
-    theirs = by_autograd(plain_gradient_norm(p, power), x, v, g)
-    truth = by_autograd(lambda x: reference.gradient_norm(x, p, power), x.double(), v.double(), g.double())
+    ours = run_gradient_norm(TRITON, x, v, g, p, power)
+    theirs = derivatives(plain_gradient_norm(p, power), x, v, g)
+    truth = derivatives(lambda x: reference.gradient_norm(x, p, power), x.double(), v.double(), g.double())
     terms = (truth[1] / g.double()[:, None] * v.double()).abs().sum(1)
     # dx is a difference of two terms, which cancel altogether for D = 1 and power 1: their size is that of w v / n
     norm = torch.linalg.vector_norm(x.double(), p, dim=1)
@@ -260,8 +230,8 @@ def test_zero_rows_and_coordinates(C: int, programs: int, p: float, power: float
     x[0] = 0
     x[1, ::2] = 0
     x[2, 1] = x[2, 3] = -x[2].abs().max()  # ties
-    ours = raw_gradient_norm(x, v, g, p, power)
-    truth = by_autograd(lambda x: reference.gradient_norm(x, p, power), x, v, g)
+    ours = run_gradient_norm(TRITON, x, v, g, p, power)
+    truth = derivatives(lambda x: reference.gradient_norm(x, p, power), x, v, g)
     for our, true in zip(ours, truth, strict=True):
         torch.testing.assert_close(our, true, rtol=1e-11, atol=1e-12)
     assert torch.equal(ours[3][0], 2 * g[0] * v[0] if p == power == 2 else torch.zeros_like(v[0]))
@@ -305,9 +275,9 @@ def test_full_precision_results() -> None:
 
 def test_no_rows() -> None:
     x, row = torch.empty(0, 5), torch.empty(0)
-    assert raw_logsumexp(x, x, row)[3].shape == (0, 5)
-    assert raw_cross_entropy(x, torch.empty(0, dtype=torch.int64), 0.0, x, row, row)[5].shape == (0, 5)
-    assert raw_gradient_norm(x, x, row, 2.0, 1.0)[3].shape == (0, 5)
+    assert run_logsumexp(TRITON, x, x, row)[3].shape == (0, 5)
+    assert run_cross_entropy(TRITON, x, x, (row, row), torch.empty(0, dtype=torch.int64), 0.0)[5].shape == (0, 5)
+    assert run_gradient_norm(TRITON, x, x, row, 2.0, 1.0)[3].shape == (0, 5)
 
 
 def assert_differentiable_twice(function: Callable, x: Tensor) -> None:

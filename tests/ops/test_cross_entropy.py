@@ -164,7 +164,7 @@ INDICES = torch.zeros(4, dtype=torch.int64)
     [
         ([[1.0]], INDICES, {}, TypeError, "logits is a list"),
         (LOGITS, [0] * 4, {}, TypeError, "target is a list"),
-        (LOGITS.long(), INDICES, {}, TypeError, "logits are torch.int64; they must be floating point"),
+        (LOGITS.long(), INDICES, {}, TypeError, "logits is torch.int64; .* needs a floating-point tensor"),
         (LOGITS, INDICES.int(), {}, TypeError, r"target is torch.int32.*target.long\(\)"),
         (LOGITS[0], INDICES, {}, ValueError, r"logits have shape \(3,\); they must be \(N, C\)"),
         (LOGITS, INDICES[:3], {}, ValueError, r"must have shape \(4,\)"),

@@ -159,7 +159,7 @@ def test_memory_layouts(backend: str, make) -> None:
         (torch.tensor(1.0), {}, ValueError, r"shape \(N, ...\)"),
         (torch.ones(2, 2), {"p": 0.5}, ValueError, r"p is 0.5; .* must be in \[1, inf\]"),
         (torch.ones(2, 2), {"p": math.nan}, ValueError, "p is nan"),
-        (torch.ones(2, 2), {"p": "2"}, TypeError, "p is '2'; it must be a number"),
+        (torch.ones(2, 2), {"p": "2"}, TypeError, "p is '2', a str; it must be a Python number .*math.inf"),
         (torch.ones(2, 2), {"power": 0}, ValueError, "power is 0; it must be positive and finite"),
         (torch.ones(2, 2), {"power": INF}, ValueError, "power is inf"),
     ],

@@ -6,6 +6,7 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import penalty_references as references
 import pytest
 import torch
@@ -183,6 +184,30 @@ def test_weight_zero_is_cross_entropy_alone() -> None:
     assert_same_gradients(gradients(terms.total, model), plain)
 
 
+@pytest.mark.parametrize("number", [np.float32(1.5), np.float64(1.5), np.float16(1.5), np.uint8(2)], ids=repr)
+def test_numbers_of_numpy(number: Any) -> None:
+    """As p, power, step size and weight, alone and in a schedule, and in float16's inner pass, which divides by 2⁸."""
+    model, (x, y) = NETWORKS["mlp"](torch.float32), batch(torch.float32)
+    exact = float(number)
+    for of_numpy, of_python in (
+        (DensityPenalty(p=number, power=number), DensityPenalty(p=exact, power=exact)),
+        (
+            DensityPenalty(method="finite_difference", step_size=number),
+            DensityPenalty(method="finite_difference", step_size=exact),
+        ),
+        (InputGradientPenalty(p=number, power=number), InputGradientPenalty(p=exact, power=exact)),
+    ):
+        ours, expected = PenalizedLoss(of_numpy, number)(model, x, y), PenalizedLoss(of_python, exact)(model, x, y)
+        assert torch.equal(ours.total, expected.total)
+    ours, expected = (DensityPenalty(power=power)(model.half(), x.half()) for power in (number, exact))
+    assert torch.equal(ours, expected)
+    assert ours > 0
+    for schedule in (schedules.Constant, lambda weight: schedules.Cosine(weight, weight, 3)):
+        assert schedule(number)(1) == exact
+    assert schedules.Step(number, (1,), number)(1) == exact**2
+    assert type(schedules.Cosine(number, number, 3)(1)) is float
+
+
 @pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
 def test_bad_weights(weight: float) -> None:
     with pytest.raises(ValueError, match=r"weight is .*; it must be finite and not negative"):
@@ -190,7 +215,7 @@ def test_bad_weights(weight: float) -> None:
 
 
 def test_bad_penalties() -> None:
-    with pytest.raises(TypeError, match="weight is a str; it must be a Python number"):
+    with pytest.raises(TypeError, match=r"weight is '0\.1', a str; it must be a Python number"):
         PenalizedLoss(DensityPenalty(), "0.1")
     for penalty in (None, DensityPenalty):  # the class in the place of an object
         with pytest.raises(TypeError, match=r"it must be a callable penalty\(model, x, y\) such as DensityPenalty\(\)"):

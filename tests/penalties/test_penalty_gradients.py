@@ -62,6 +62,27 @@ def test_input_gradient_of_probabilities() -> None:
     assert_same_gradients(gradients(ours, model), gradients(truth, model))
 
 
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("of", ["cross_entropy", "target_logit"])
+def test_ignored_rows_have_no_penalty(of: str, fast: bool) -> None:
+    """The mean is over all rows: what the others add to it, and to the gradients, is as if the ignored were zeros."""
+    model, (x, y) = NETWORKS["mlp"](), batch()
+    penalty = InputGradientPenalty(of=of, power=1, fast=fast)
+    kept = [0, 1, 3, 5]
+    truth = penalty.per_sample(model, x[kept], y[kept]).penalty.sum() / 6
+    y[[2, 4]] = -100
+    ours = penalty(model, x, y)
+    torch.testing.assert_close(ours, truth, rtol=1e-12, atol=0)
+    assert_same_gradients(gradients(ours, model), gradients(truth, model))
+    terms = penalty.per_sample(model, x, y)
+    assert terms.penalty[2] == terms.penalty[4] == 0
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(penalty.from_logits(model(leaf), leaf, y), truth, rtol=1e-12, atol=0)
+    all_ignored = penalty(model, x, torch.full_like(y, -100))
+    assert all_ignored == 0
+    assert all((g == 0).all() for g in gradients(all_ignored, model))
+
+
 @pytest.mark.parametrize("penalty", [DensityPenalty(), InputGradientPenalty(), InputGradientPenalty(of="target_logit")])
 def test_from_logits_is_the_same_penalty(penalty: DensityPenalty | InputGradientPenalty) -> None:
     model = NETWORKS["mlp"]()

@@ -45,7 +45,7 @@ def test_they_are_immutable_values(schedule: Constant | LinearWarmup | Cosine | 
     ("make", "error", "message"),
     [
         (lambda: Constant(-1.0), ValueError, "weight is -1.0; it must be finite and not negative"),
-        (lambda: Constant(True), TypeError, "weight is a bool; it must be a Python number"),
+        (lambda: Constant(True), TypeError, "weight is True, a bool; it must be a Python number"),
         (lambda: LinearWarmup(math.nan, 3), ValueError, "weight is nan; it must be finite"),
         (lambda: LinearWarmup(0.1, 0), ValueError, "steps is 0; it must be at least 1"),
         (lambda: LinearWarmup(0.1, 2.5), TypeError, "steps is a float; it must be an int"),

@@ -23,7 +23,7 @@ def test_tensors_and_state_come_back(tmp_path: Path) -> None:
     }
     state = {"step": 3, "sums": [0.1, 1e300], "nested": {"groups": [{"lr": 1e-3, "betas": [0.9, 0.999]}]}}
     checkpoints.save(tmp_path / "c.safetensors", tensors, state)
-    loaded, loaded_state = checkpoints.load(tmp_path / "c.safetensors")
+    loaded, loaded_state = checkpoints.load(tmp_path / "c.safetensors", "-")
     assert loaded_state == state
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -47,7 +47,7 @@ def test_an_optimiser_goes_on_as_if_nothing_had_been(name: str, tmp_path: Path) 
     copy.load_state_dict(model.state_dict())
     fresh = build_optimizer(copy, config)
     checkpoints.save(tmp_path / "c.safetensors", *checkpoints.pack_optimizer(optimizer))
-    checkpoints.unpack_optimizer(fresh, *checkpoints.load(tmp_path / "c.safetensors"))
+    checkpoints.unpack_optimizer(fresh, *checkpoints.load(tmp_path / "c.safetensors", "-"))
     step(model, optimizer)
     step(copy, fresh)
     assert torch.equal(model.weight, copy.weight)
@@ -73,8 +73,10 @@ def test_a_damaged_checkpoint_is_recognised(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "c.safetensors"
     checkpoints.save(path, {"x": torch.zeros(10)}, {"step": 1})
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"c.safetensors is damaged or is no checkpoint of rds_fast"):
-        checkpoints.load(path)
+    with pytest.raises(
+        ValueError, match=r"c.safetensors is damaged or is no checkpoint of rds_fast \(.*\): copy it back"
+    ):
+        checkpoints.load(path, "copy it back")
 
 
 def test_a_file_of_another_program_is_recognised(tmp_path: Path) -> None:
@@ -82,9 +84,9 @@ def test_a_file_of_another_program_is_recognised(tmp_path: Path) -> None:
 
     save_file({"x": torch.zeros(1)}, tmp_path / "c.safetensors")
     with pytest.raises(ValueError, match="no checkpoint of rds_fast"):
-        checkpoints.load(tmp_path / "c.safetensors")
+        checkpoints.load(tmp_path / "c.safetensors", "-")
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*absent"):
-        checkpoints.load(tmp_path / "absent")
+        checkpoints.load(tmp_path / "absent", "-")

@@ -65,7 +65,9 @@ def test_no_samples_at_all(tmp_path: Path) -> None:
     write_set(tmp_path)
     (tmp_path / IMAGES).write_bytes(image_file(np.zeros((0, 28, 28))))
     (tmp_path / LABELS).write_bytes(label_file(np.zeros(0)))
-    with pytest.raises(ValueError, match=f"{IMAGES} holds no images; expected at least one"):
+    with pytest.raises(
+        ValueError, match=f"{IMAGES} holds 0 images and .* 0 labels; expected as many of each, and at least one"
+    ):
         data.load("mnist", tmp_path)
 
 
@@ -75,6 +77,34 @@ def test_a_missing_file(tmp_path: Path, name: str) -> None:
     with pytest.raises(
         FileNotFoundError, match=rf"{re.escape(str(tmp_path))} holds no .*expected one of {name}, {name}.gz"
     ):
+        data.load("mnist", tmp_path)
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    """A file that is damaged beside others that are missing, in whatever order they are looked at."""
+    write_set(tmp_path)
+    for missing in ("train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+        (tmp_path / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=r"2 faults\. .* images of the train split; .* labels of the t10k"):
+        data.load("mnist", tmp_path)
+    for damaged in (LABELS, "t10k-images-idx3-ubyte"):
+        (tmp_path / damaged).write_bytes((tmp_path / damaged).read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"^4 faults\.") as raised:
+        data.load("mnist", tmp_path)
+    for part in (
+        "no images of the train",
+        f"{LABELS} is truncated",
+        "t10k-images-idx3-ubyte is tr",
+        "no labels of the t",
+    ):
+        assert part in str(raised.value)
+
+
+def test_two_splits_of_unequal_counts(tmp_path: Path) -> None:
+    write_set(tmp_path)
+    for split in ("train", "t10k"):
+        (tmp_path / f"{split}-labels-idx1-ubyte").write_bytes(label_file(np.zeros(3)))
+    with pytest.raises(ValueError, match=r"240 images and .* 3 labels; .* 40 images and .* 3 labels"):
         data.load("mnist", tmp_path)
 
 

@@ -234,6 +234,53 @@ def test_resuming_a_run_without_a_checkpoint_begins_it(splits: Splits, tmp_path:
     assert without_time(straight.metrics) == without_time(resumed.metrics)
 
 
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def test_a_damaged_checkpoint_says_what_is_lost(splits: Splits, tmp_path: Path) -> None:
+    """And what the message tells to do helps."""
+    straight = train(SMALL, tmp_path, quiet=True, splits=splits)
+    damage(tmp_path / runs.CHECKPOINT)
+    message = r"last\.safetensors is damaged .*progress since the last good checkpoint is lost\. .*else delete the file"
+    with pytest.raises(ValueError, match=message):
+        train(SMALL, tmp_path, resume=True, quiet=True, splits=splits)
+    (tmp_path / runs.CHECKPOINT).unlink()
+    again = train(SMALL, tmp_path, resume=True, quiet=True, splits=splits)
+    assert same(weights(straight), weights(again))
+
+
+def test_a_damaged_model_is_written_again(splits: Splits, tmp_path: Path) -> None:
+    straight = train(SMALL, tmp_path, quiet=True, splits=splits)
+    damage(tmp_path / runs.MODEL)
+    message = rf"delete it, and 'rds-fast train --out {re.escape(str(tmp_path))} --resume' writes it again"
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path)
+    (tmp_path / runs.MODEL).unlink()
+    again = train(SMALL, tmp_path, resume=True, quiet=True, splits=splits)
+    assert same(weights(straight), list(load_model(tmp_path)[0].parameters()))
+    assert again.validation_accuracy == straight.validation_accuracy
+
+
+def test_each_epoch_is_validated_once(splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[float] = []
+    original = loop.evaluate_accuracy
+
+    def evaluate(*arguments: Any) -> tuple[float, float]:
+        accuracy, loss = original(*arguments)
+        calls.append(accuracy)
+        return accuracy, loss
+
+    monkeypatch.setattr(loop, "evaluate_accuracy", evaluate)
+    result = train(SMALL, tmp_path, quiet=True, splits=splits)
+    assert len(calls) == SMALL.epochs
+    assert result.validation_accuracy == calls[-1] == result.metrics[-1]["validation_accuracy"]
+    train(SMALL, tmp_path, resume=True, quiet=True, splits=splits)
+    assert len(calls) == SMALL.epochs
+    (tmp_path / runs.METRICS).unlink()  # a finished run whose rows someone removed still has its accuracy
+    assert train(SMALL, tmp_path, resume=True, quiet=True, splits=splits).validation_accuracy == calls[-2] == calls[-1]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(
     splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

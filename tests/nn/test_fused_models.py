@@ -1,0 +1,208 @@
+"""A fused model is a model like any other: its state, copies, pickles and later changes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import rds_fast
+from rds_fast import doctor
+from rds_fast.nn import fuse, fusion_report
+from rds_fast.training.models import _torchvision_models as torchvision_models
+
+X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def small_resnet() -> nn.Module:
+    resnet = torchvision_models().resnet
+    torch.manual_seed(0)
+    model = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
+    model(X)  # running statistics that are not the initial ones
+    return model.eval()
+
+
+def is_fused(model: nn.Module) -> bool:
+    report = fusion_report(model)
+    return bool(report.fused) and all(layer.done for layer in report.fused)
+
+
+def test_state_dicts_load_both_ways() -> None:
+    plain, other = small_resnet(), small_resnet()
+    nn.init.normal_(plain.layer1[0].bn1.weight)
+    fused = fuse(other)
+    fused.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(fused(X), plain(X))
+    nn.init.normal_(fused.layer1[0].bn1.weight)
+    plain.load_state_dict(fused.state_dict())
+    torch.testing.assert_close(fused(X), plain(X))
+
+
+def test_in_place_keeps_every_object_and_a_copy_shares_none() -> None:
+    plain = small_resnet()
+    tensors = [id(tensor) for tensor in plain.state_dict(keep_vars=True).values()]
+    modules = {name: id(module) for name, module in plain.named_modules()}
+    copied = fuse(plain)
+    assert not is_fused(plain)
+    assert [kind for kind in map(type, plain.modules()) if kind.__module__.startswith("rds_fast")] == []
+    shared = {tensor.data_ptr() for tensor in plain.state_dict().values()}
+    assert not shared & {tensor.data_ptr() for tensor in copied.state_dict().values()}
+    assert fuse(plain, inplace=True) is plain
+    assert is_fused(plain)
+    assert [id(tensor) for tensor in plain.state_dict(keep_vars=True).values()] == tensors
+    assert {name: id(module) for name, module in plain.named_modules()} == modules
+    assert isinstance(plain.layer1[0], torchvision_models().resnet.BasicBlock)
+    assert isinstance(plain.bn1, nn.BatchNorm2d)
+    assert len(list(plain.parameters())) == len(set(plain.parameters()))
+
+
+def test_fusing_twice_is_fusing_once() -> None:
+    fused = fuse(small_resnet())
+    again = fuse(fused)
+    assert [type(module) for module in again.modules()] == [type(module) for module in fused.modules()]
+    assert fusion_report(again) == fusion_report(fused)
+    assert fuse(fused, inplace=True) is fused
+    torch.testing.assert_close(again(X), fused(X), rtol=0, atol=0)
+
+
+def _pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def _saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, copy.copy, _pickled, _saved, lambda model: model.double().float()])
+def test_copies_are_fused_too(again) -> None:
+    fused = fuse(small_resnet())
+    expected = fused(X)
+    copied = again(fused)
+    assert is_fused(copied)
+    torch.testing.assert_close(copied(X), expected, rtol=0, atol=0)
+    if again is copy.deepcopy:
+        nn.init.zeros_(copied.layer1[0].bn1.weight)
+        torch.testing.assert_close(fused(X), expected, rtol=0, atol=0)
+
+
+CHANGES = {
+    "another activation": lambda model: setattr(model.layer1[0], "relu", nn.GELU()),
+    "another norm": lambda model: setattr(model.layer1[0], "bn2", nn.GroupNorm(4, 64)),
+    "another norm at the end of a branch": lambda model: model.layer2[0].downsample.__setitem__(1, nn.Identity()),
+    "a module more": lambda model: model.layer2[0].downsample.append(nn.Tanh()),
+    "a module more, by name": lambda model: model.layer1.add_module("1", nn.Tanh()),
+    "a module less": lambda model: model.layer2.__setitem__(0, nn.Conv2d(64, 128, 1)),
+    "synchronised": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "a branch less": lambda model: setattr(model.layer1[0], "downsample", nn.Conv2d(64, 64, 1).requires_grad_(False)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_model_changed_after_it_was_fused_computes_what_the_changed_model_does(change) -> None:
+    plain = small_resnet()
+    fused = fuse(plain)
+    for model in (plain, fused):
+        torch.manual_seed(5)
+        change(model)
+    torch.testing.assert_close(fused(X), plain(X))
+    refused = fuse(fused)
+    assert is_fused(refused) == (change is not CHANGES["synchronised"])
+    torch.testing.assert_close(refused(X), plain(X))
+
+
+def test_a_sequential_may_grow_and_shrink_after_it_was_fused() -> None:
+    plain = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3))
+    fused = fuse(plain)
+    assert fusion_report(fused).fused
+    for model in (plain, fused):
+        model.append(nn.Tanh())
+    torch.testing.assert_close(fused(X), plain(X))
+    assert not is_fused(fused)
+    torch.testing.assert_close(fused[:2](X), plain[:2](X))
+    for model in (plain, fused):
+        del model[1]
+        model.insert(0, nn.Sigmoid())
+    torch.testing.assert_close(fused(X), plain(X))
+
+
+def test_marks_that_others_leave_on_a_module_do_not_unfuse_it() -> None:
+    fused = fuse(small_resnet())
+    fused.layer1[0]._mark = "visited"
+    fused.train().eval().requires_grad_(False)
+    assert is_fused(fused)
+
+
+def test_functional_calls_and_transforms(calls) -> None:
+    plain = small_resnet()
+    fused = fuse(plain)
+    parameters = {name: 1.1 * parameter.detach() for name, parameter in plain.named_parameters()}
+    expected = torch.func.functional_call(plain, parameters, (X,))
+    torch.testing.assert_close(torch.func.functional_call(fused, parameters, (X,)), expected)
+    assert len(calls) == 9
+    each = torch.func.vmap(lambda x: fused(x[None])[0])(X)
+    torch.testing.assert_close(each, plain(X))
+
+
+def test_autocast_gives_the_same_dtypes() -> None:
+    plain = small_resnet()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, actual = plain(X), fuse(plain)(X)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_fusing_inside_fast_double_backward_and_using_it_there() -> None:
+    plain = small_resnet()
+    with rds_fast.fast_double_backward():
+        fused = fuse(plain)
+        assert is_fused(fused)
+        torch.testing.assert_close(fused(X), plain(X))
+    penalties = [rds_fast.density_penalty(model, X) for model in (plain, fused)]
+    torch.testing.assert_close(*penalties)
+
+
+def test_the_report_is_a_table_that_changes_nothing() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU6())
+    before = str(fusion_report(plain)).splitlines()
+    assert type(plain) is nn.Sequential
+    assert before == [
+        "1  batch norm → ReLU (would be fused)",
+        "3  left: followed by ReLU6 4",
+        "nn.fuse would fuse 1 of 2 batch norms (1 batch norm → ReLU)",
+    ]
+    after = str(fusion_report(fuse(plain))).splitlines()
+    assert after[0] == "1  batch norm → ReLU"
+    assert after[2] == "fused 1 of 2 batch norms (1 batch norm → ReLU)"
+    assert str(fusion_report(nn.Linear(2, 2))) == "no batch norm"
+
+
+def test_errors_name_the_remedy() -> None:
+    with pytest.raises(TypeError, match="function; it must be"):
+        fuse(lambda x: x)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    with pytest.raises(RuntimeError, match=r"compiled Sequential .*fuse the model first"):
+        fuse(torch.compile(model, backend="eager"))
+    model.compile(backend="eager")
+    with pytest.raises(RuntimeError, match="compiled Sequential"):
+        fusion_report(model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_models_are_refused() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+    with pytest.raises(RuntimeError, match="scripted Sequential"):
+        fuse(scripted)
+
+
+def test_doctor_lists_what_fuse_would_do(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.doctor(model="resnet18")
+    assert "fuse 17 of 20 batch norms" in capsys.readouterr().out
+    assert doctor.model_report("mlp")[-1] == "no batch norm"
+    with pytest.raises(ValueError, match="did you mean 'resnet18'"):
+        doctor.doctor(model="resnet19")
