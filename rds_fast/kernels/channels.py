@@ -32,7 +32,6 @@ from .rows import tl_aligned, tl_float
 # 1024 elements a tile are 8 a thread, one 16-byte load of a 16-bit type. A launch that sums takes several such parts at
 # once, for that many loads in flight, and adds them up before they go to the sums, which then need 8 registers each.
 _PART = 1024
-_NUM_WARPS = 4
 
 # At 64 channels a row of a tile is a whole cache line of a 16-bit type.
 _RUN = 64
@@ -61,6 +60,7 @@ class Launch:
     BLOCK_S: int
     fold: int  # parts of a tile
     align: int  # a power of two, at most 16, that divides every distance between runs of contiguous values
+    num_warps: int
 
     @property
     def M(self) -> int:
@@ -113,7 +113,7 @@ class Launch:
             "BLOCK_N": self.BLOCK_N,
             "BLOCK_C": self.BLOCK_C,
             "BLOCK_S": self.BLOCK_S,
-            "num_warps": _NUM_WARPS,
+            "num_warps": self.num_warps,
         }
 
     @cached_property
@@ -134,20 +134,24 @@ def plan(x: Tensor, fold: int = 1) -> Launch:
     N, C = x.shape[:2]
     S = math.prod(x.shape[2:])
     fold = max(1, 2 * fold // x.itemsize)
-    return _plan(N * S, C, 1, fold) if S == 1 or x.stride(1) == 1 else _plan(N, C, S, fold)
+    num_warps = 8 if x.itemsize == 8 else 4  # a float64 takes two registers
+    rows = S == 1 or x.stride(1) == 1
+    return _plan(N * S, C, 1, fold, num_warps) if rows else _plan(N, C, S, fold, num_warps)
 
 
 @lru_cache(maxsize=4096)
-def _plan(N: int, C: int, S: int, fold: int) -> Launch:
+def _plan(N: int, C: int, S: int, fold: int, num_warps: int) -> Launch:
     align = math.gcd(16, C if S == 1 else S)
     if align == 1:  # every element has its own address, which takes registers
         fold = max(1, fold // 2)
+    if 1 < S <= _RUN // 2:  # several channels a run: in three dimensions a thread need not have its part of all parts
+        fold = 1
     fold = min(fold, triton.next_power_of_2(N))
     if S == 1:
         block_c, block_s = min(_RUN, triton.next_power_of_2(C)), 1
     else:
         block_c, block_s = _plane_tile(N, C, S, fold)
-    return Launch(N, C, S, _PART * fold // (block_c * block_s), block_c, block_s, fold, align)
+    return Launch(N, C, S, _PART * fold // (block_c * block_s), block_c, block_s, fold, align, num_warps)
 
 
 def _plane_tile(N: int, C: int, S: int, fold: int) -> tuple[int, int]:
