@@ -159,6 +159,52 @@ def test_the_fused_operations_run_once_each() -> None:
     assert operations.names == []
 
 
+SMOOTHED = [
+    DensityPenalty(),
+    InputGradientPenalty(),
+    InputGradientPenalty(of="target_logit"),
+    DensityPenalty(method="finite_difference"),
+    OwnSharedPenalty(),
+    OwnPenalty(),
+]
+
+
+@pytest.mark.parametrize("labels", ["indices", "probabilities"])
+@pytest.mark.parametrize("penalty", SMOOTHED, ids=lambda penalty: getattr(penalty, "of", type(penalty).__name__))
+def test_label_smoothing_is_the_cross_entropys_alone(penalty: Any, labels: str) -> None:
+    model, (x, y) = cnn(training=False), batch()
+    if labels == "probabilities":
+        if getattr(penalty, "of", "") == "target_logit":
+            pytest.skip("needs class indices")
+        y = torch.rand(6, CLASSES, dtype=torch.float64).softmax(1)
+    else:
+        y[2] = -100
+    terms = PenalizedLoss(penalty, 0.7, label_smoothing=0.3)(model, x, y)
+    plain = PenalizedLoss(penalty, 0.7)(model, x, y)
+    truth = nn.functional.cross_entropy(model(x), y, label_smoothing=0.3)
+    torch.testing.assert_close(terms.cross_entropy, truth)
+    torch.testing.assert_close(terms.penalty, plain.penalty)
+    assert float(terms.cross_entropy - plain.cross_entropy) != 0
+    torch.testing.assert_close(terms.total, truth + 0.7 * plain.penalty)
+    expected = gradients(truth + 0.7 * plain.penalty, model)
+    assert_same_gradients(gradients(terms.total, model), expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (-0.1, ValueError, r"label_smoothing is -0\.1; it must be in \[0, 1\]"),
+        (1.1, ValueError, r"label_smoothing is 1\.1"),
+        (math.nan, ValueError, "label_smoothing is nan"),
+        ("much", TypeError, "label_smoothing is 'much', a str; it must be a Python number"),
+        (torch.tensor(0.1), TypeError, "label_smoothing is a Tensor"),
+    ],
+)
+def test_bad_label_smoothing(value: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        PenalizedLoss(DensityPenalty(), label_smoothing=value)
+
+
 def test_weights_and_schedules() -> None:
     model, (x, y) = NETWORKS["mlp"](), batch()
     loss = PenalizedLoss(DensityPenalty(), schedules.LinearWarmup(0.8, 4))

@@ -108,11 +108,13 @@ def test_every_setting_trains_and_resumes(change: dict[str, Any], splits: Splits
 
 
 def interrupt_after(step: int, patch: pytest.MonkeyPatch, number: int = signal.SIGINT) -> None:
-    """Send this process a signal, by default that of Ctrl-C, within a step."""
+    """Send this process a signal, by default that of Ctrl-C, within a step: once, in its first micro-batch."""
     original = loop.Objective.__call__
+    sent: list[int] = []
 
     def call(self: Any, model: nn.Module, x: torch.Tensor, y: torch.Tensor, current: int) -> Any:
-        if current == step - 1:
+        if current == step - 1 and not sent:
+            sent.append(number)
             os.kill(os.getpid(), number)
         return original(self, model, x, y, current)
 
@@ -346,7 +348,10 @@ def test_lines_where_there_is_no_terminal(splits: Splits, tmp_path: Path, capsys
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
     for line in lines:
-        assert re.search(r"loss [\d.]+ \(cross-entropy [\d.]+, penalty [\d.]+\), .* [\d,]+ images/s, data wait \d+%, peak memory [\d.]+ GB$", line)
+        assert re.search(
+            r"loss [\d.]+ \(cross-entropy [\d.]+, penalty [\d.]+\), .* [\d,]+ images/s, data wait \d+%, peak memory [\d.]+ GB$",
+            line,
+        )
 
 
 def test_a_bar_in_a_terminal(

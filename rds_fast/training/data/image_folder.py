@@ -185,7 +185,7 @@ def load(root: str | Path, image_size: int, workers: int | None) -> Splits:
 def _listed(folder: Path) -> tuple[np.ndarray, Tensor, tuple[str, ...]]:
     """The files, targets and class names of a folder."""
     datasets = require_torchvision("torchvision.datasets", _PURPOSE)
-    if not any(entry.is_dir() for entry in os.scandir(folder)):
+    if not any(entry.is_dir() for entry in folder.iterdir()):
         raise FileNotFoundError(f"{folder} holds no folders; expected one for each class, with its images in it")
     found = datasets.ImageFolder(str(folder), allow_empty=True)
     targets = torch.tensor(found.targets, dtype=torch.int64)
