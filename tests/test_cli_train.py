@@ -211,11 +211,11 @@ def test_settings_of_a_resumed_run_are_its_own(root: Path, tmp_path: Path, call:
         (("--data-root", "/nowhere"), "error: the data root /nowhere is not a folder"),
         (
             ("--data", "imagefolder"),
-            "error: data is 'imagefolder' and data_root is missing; give the folder of train and",
+            "error: data is 'imagefolder' and data_root is missing; give the folder of",
         ),
         (
             ("--data", "imagefolder", "--data-root", "/nowhere"),
-            "error: the data root /nowhere is not a folder; expected",
+            "error: the data root /nowhere is not a folder; exp",
         ),
         (("--data", "synthetic", "--data-root", "/nowhere"), "--data-root would have no effect: it belongs to data"),
         (("--classes", 5), "--classes would have no effect: it belongs to data synthetic, and data is block-mnist"),

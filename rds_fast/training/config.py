@@ -64,11 +64,14 @@ class TrainingConfig:
         0, "Data", "Decides the splits, which block is on top, and synthetic images.", only=("data", *data_sets.SEEDED)
     )
     image_size: int = _setting(
-        224, "Data", "Height and width of the images.", only=("data", "synthetic", "imagefolder")
+        224,
+        "Data",
+        "Height and width of the images of synthetic and imagefolder.",
+        only=("data", "synthetic", "imagefolder"),
     )
-    classes: int = _setting(1000, "Data", "The number of classes.", only=("data", "synthetic"))
+    classes: int = _setting(1000, "Data", "The number of classes of synthetic.", only=("data", "synthetic"))
     train_size: int = _setting(
-        4096, "Data", "Training images; an eighth as many for validation.", only=("data", "synthetic")
+        4096, "Data", "Training images of synthetic; validation has an eighth of that.", only=("data", "synthetic")
     )
 
     objective: str = _setting("density", "Objective", "The penalty, if any.", names=OBJECTIVES)
@@ -123,7 +126,7 @@ class TrainingConfig:
         names=LR_SCALINGS,
     )
     momentum: float = _setting(0.9, "Optimisation", "Of sgd.", only=("optimizer", "sgd"))
-    nesterov: bool = _setting(False, "Optimisation", "Nesterov's momentum.", only=("optimizer", "sgd"))
+    nesterov: bool = _setting(False, "Optimisation", "Nesterov's momentum, of sgd.", only=("optimizer", "sgd"))
     weight_decay: float = _setting(0.0, "Optimisation", "The optimiser's.")
     decay_norms: bool = _setting(True, "Optimisation", "Weight decay for norms and biases too.")
     lr_schedule: str = _setting("constant", "Optimisation", "The learning rate over time.", names=LR_SCHEDULES)
@@ -141,7 +144,7 @@ class TrainingConfig:
     workers: int | None = _setting(
         None,
         "Running",
-        "Processes that decode images, 0: none; one for each core otherwise.",
+        "Processes that decode the images of imagefolder; 0: this one (default: one for each core).",
         only=("data", "imagefolder"),
     )
     log_interval: int = _setting(50, "Running", "Steps between rows of metrics; on a GPU each costs a wait.")
