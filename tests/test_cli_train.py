@@ -24,12 +24,12 @@ pytest.importorskip("safetensors", reason="needs the extra train")
 Call = Callable[..., tuple[int, str, str]]
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "training"))  # the small data sets of idx_files and image_files
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data set in IDX files: 220 samples to train on."""
-    sys.path.insert(0, str(ROOT / "tests" / "training"))
     from idx_files import write_set
 
     return write_set(tmp_path_factory.mktemp("idx"))
@@ -45,7 +45,8 @@ def environment() -> dict[str, str]:
 
 def start(*arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "rds_fast", "train", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment(), start_new_session=True, **pipes)
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
@@ -159,7 +160,6 @@ def test_a_folder_of_images(tmp_path: Path, call: Call) -> None:
     """Trained with workers; --data-root names what is wrong in one line; there is no test split to evaluate."""
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("needs torchvision")
-    sys.path.insert(0, str(ROOT / "tests" / "training"))
     import image_files
 
     images, out = image_files.write(tmp_path / "images"), tmp_path / "run"
@@ -175,11 +175,21 @@ def test_a_folder_of_images(tmp_path: Path, call: Call) -> None:
     assert re.fullmatch(r"error: the classes under .* differ: val lacks red\. Each needs the same folders\n", errors)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["mnist", "imagefolder"])
+def test_ctrl_c_saves_and_says_how_to_go_on(kind: str, root: Path, tmp_path: Path) -> None:
+    """A terminal sends it to every process, those that decode images too, and the step under way needs them."""
     out = tmp_path / "a run"  # the space has to be quoted in the command
-    process = start("--out", out, "--data", "mnist", "--data-root", root, "--epochs", 100000)
+    settings: tuple[object, ...] = ("--data", kind, "--data-root", root)
+    if kind == "imagefolder":
+        if importlib.util.find_spec("torchvision") is None:
+            pytest.skip("needs torchvision")
+        import image_files
+
+        images = image_files.write(tmp_path / "images")
+        settings = ("--data", kind, "--data-root", images, "--image-size", 16, "--workers", 2, "--batch-size", 4)
+    process = start("--out", out, *settings, "--epochs", 100000)
     wait_for(lambda: last_step(out) > 0, process)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     match = re.search(r"training stopped after step (\d+) and was saved in .*\. To go on:\n  (.*)\n", errors)
