@@ -31,6 +31,9 @@ BACKENDS = ("reference", "native", "triton")
 # what short rows wait for. Anything else (MPS, XLA): PyTorch.
 _PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
 
+# The devices for which the operations of a network's layers have native kernels; on GPUs they are Triton's.
+LAYERS_NATIVE_ON = ("cpu",)
+
 _LIBRARIES = {"cpu": "_native_cpu.so", "cuda": "_native_cuda.so"}
 
 _requested: ContextVar[str] = ContextVar("rds_fast_backend", default="auto")
@@ -172,4 +175,4 @@ def select_for_layer(x: Tensor) -> str:
     """
     if torch._C._functorch.maybe_current_level() is not None:
         return "reference"
-    return select(x, native_on=("cpu",))
+    return select(x, native_on=LAYERS_NATIVE_ON)

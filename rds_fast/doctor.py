@@ -11,10 +11,15 @@ from typing import Any
 import torch
 
 from . import backends
+from .coverage import layer_coverage
 from .nn import fusion_report
 from .training.models import torchvision_classifier
 
-OPERATIONS = ("logsumexp", "cross_entropy_with_logsumexp", "gradient_norm")
+# And the devices for which each has native kernels.
+OPERATIONS = {
+    **dict.fromkeys(("logsumexp", "cross_entropy_with_logsumexp", "gradient_norm"), ("cpu", "cuda")),
+    **dict.fromkeys(("batch_norm", "group_norm", "activation"), backends.LAYERS_NATIVE_ON),
+}
 _OPTIONAL = ("triton", "torchvision", "mlxtend", "matplotlib", "typer", "rich", "safetensors")
 
 
@@ -49,8 +54,14 @@ def report() -> list[tuple[str, list[tuple[str, str]]]]:
     )
     sections = [("versions", versions), ("native build", native)]
     for device_type in ("cpu", "cuda"):
-        chosen = backends.automatic(device_type) if device_type == "cpu" or torch.cuda.is_available() else None
-        device = [(operation, chosen or "cannot run: no CUDA device is present") for operation in OPERATIONS]
+        present = device_type == "cpu" or torch.cuda.is_available()
+        device = [
+            (
+                operation,
+                backends.automatic(device_type, native_on) if present else "cannot run: no CUDA device is present",
+            )
+            for operation, native_on in OPERATIONS.items()
+        ]
         for backend in backends.BACKENDS:
             reason = backends.failure(backend, device_type)
             if reason is not None:
@@ -70,13 +81,18 @@ def report() -> list[tuple[str, list[tuple[str, str]]]]:
 
 def model_report(name: str) -> list[str]:
     """What can be made faster in a torchvision model, layer by layer, as lines of text."""
-    return ["nn.fuse, batch norm by batch norm", *str(fusion_report(torchvision_classifier(name))).splitlines()]
+    with torch.device("meta"):
+        model = torchvision_classifier(name)
+    fused = str(fusion_report(model)).splitlines()
+    covered = [str(layer) for layer in layer_coverage(model, (2, 3, *[299 if name == "inception_v3" else 224] * 2))]
+    return ["fast_double_backward, layer by layer", *covered, "", "nn.fuse, batch norm by batch norm", *fused]
 
 
 def doctor(model: str | None = None) -> None:
     """Print versions, what is built, which backend each operation will use on this machine, and why not the others.
 
-    With --model and the name of a torchvision model: print instead what nn.fuse would do to its layers.
+    With --model and the name of a torchvision model: print instead which of its layers fast_double_backward covers,
+    and what nn.fuse would do to them.
     """
     if model is not None:
         print("\n".join(model_report(model)))

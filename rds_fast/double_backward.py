@@ -51,7 +51,7 @@ class fast_double_backward(TorchFunctionMode):
             return func(*args, **kwargs)
         if any(kind not in (Tensor, torch.nn.Parameter) for kind in types):  # a subclass has its own ways
             return func(*args, **kwargs)
-        replacement = _replacements().get(func)
+        replacement = replacement_of(func)
         if replacement is not None and "out" not in kwargs:  # which autograd has no part in
             return replacement(*args, **kwargs)
         if _is_functional(func):
@@ -155,6 +155,11 @@ def _attention(
     return torch.ops.aten._scaled_dot_product_attention_math.default(
         query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
     )[0]
+
+
+def replacement_of(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """What runs in place of one of PyTorch's functions; None: the function itself."""
+    return _replacements().get(function)
 
 
 @functools.cache

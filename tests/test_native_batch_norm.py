@@ -183,7 +183,7 @@ def autograd(t: Given, case: Case, mask: Tensor) -> Results:
 
 
 def size_of_terms(t: Given, case: Case, truth: Results) -> dict[str, Tensor]:
-    """For each channel the size of the terms that a result is the sum of: what rounding is relative to, where they cancel.
+    """For each channel the size of the terms of a result: where they cancel, rounding is relative to it.
 
     Sums over a channel have terms of random signs.
     """
@@ -288,6 +288,16 @@ def test_mean_far_from_zero(channels_last: bool, size: tuple[int, ...]) -> None:
         # E[x²] − E[x]² in float32 would err by 10, more than the variance.
         error = (our.double() - true).abs().movedim(-1 if true.dim() == 1 else 1, 0).reshape(size[1], -1).amax(1)
         assert (error <= 1e-5 * sizes.get(name, true.abs())).all(), name
+
+
+@pytest.mark.parametrize("size", [(64, 3, 40, 40), (4000, 20), (70, 20, 4, 4)], ids=str)
+def test_variance_where_the_first_value_is_far_off(size: tuple[int, ...]) -> None:
+    t = given(size, torch.float32, Case())
+    t.x[0] = 1e6
+    _, mean, var = native.batch_norm(t.x, None, None, None, None, None, 0.1, 1e-5, False)
+    true_var, true_mean = torch.var_mean(t.x.double(), [d for d in range(len(size)) if d != 1], correction=0)
+    assert ((mean - true_mean).abs() <= 1e-5 * true_mean.abs()).all()
+    assert ((var - true_var).abs() <= 1e-5 * true_var).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

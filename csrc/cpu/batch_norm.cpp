@@ -28,8 +28,9 @@ struct Normalise {
   }
 };
 
-// Mean and variance: in a tile the values are summed, then their deviations from the tile's mean, while the tile is in
-// the first caches; tiles are merged by Chan's formula.
+// Mean and variance: in a tile, of the n deviations d from the mean of the tile's first m values, which is at most
+// sqrt(Σ (x − mean)² / m) from its mean: so Σ d² is at most 1 + n/m, or 65, times what is left when (Σ d)² / n is taken
+// off, however the values lie. Tiles are merged by Chan's formula.
 template <typename T, bool planar>
 struct Train {
   enum { kCount, kTileMean, kSquares, kPartials };
@@ -43,16 +44,18 @@ struct Train {
   RDS_FAST_OUTLINED void reduce(const Strip& strip, const Tile& tile, double* partials) const {
     double* const means = partials + kTileMean * strip.channels;
     double* const squares = partials + kSquares * strip.channels;
-    sum(strip, tile, means);
+    const Tile first = layout.sample(tile);
+    sum(strip, first, means);
     const double count = double(layout.values_of_channel(strip, tile));
-    Acc<T> rounded[planar ? 1 : kStripColumns] = {};
-    for (int64_t c = 0; c < strip.channels; ++c) rounded[c] = Acc<T>(means[c] / count);
+    const double first_count = double(layout.values_of_channel(strip, first));
+    Acc<T> shifts[planar ? 1 : kStripColumns] = {};
+    for (int64_t c = 0; c < strip.channels; ++c) shifts[c] = Acc<T>(means[c] / first_count);
     double deviations[planar ? 2 : 2 * kStripColumns];
-    sum_deviations(strip, tile, rounded, deviations);
+    sum_deviations(strip, tile, shifts, deviations);
     for (int64_t c = 0; c < strip.channels; ++c) {
       const double deviation = deviations[c], square = deviations[strip.channels + c] - deviation * deviation / count;
       partials[kCount * strip.channels + c] = count;
-      means[c] = double(rounded[c]) + deviation / count;
+      means[c] = double(shifts[c]) + deviation / count;
       squares[c] = square < 0 ? 0 : square;  // NaN stays
     }
   }
@@ -82,12 +85,12 @@ struct Train {
     });
     total.finish(layout, strip, sums);
   }
-  void sum_deviations(const Strip& strip, const Tile& tile, const Acc<T>* means, double* sums) const {
-    const Coefficients<T, 1, planar> mean_of(layout, strip, means, 0);
+  void sum_deviations(const Strip& strip, const Tile& tile, const Acc<T>* shifts, double* sums) const {
+    const Coefficients<T, 1, planar> shift(layout, strip, shifts, 0);
     Sums<T, 2, planar> total(strip);
     layout.for_rows(strip, tile, [&](int64_t offset, int64_t begin, int64_t end) {
       for_vectors<T>(begin, end, [&](auto at, int k) {
-        const Vec<T> deviation = inside(at, at(normalise.x + offset, Acc<T>(0)) - mean_of(0, at));
+        const Vec<T> deviation = inside(at, at(normalise.x + offset, Acc<T>(0)) - shift(0, at));
         total.add(0, at, k, deviation);
         total.add(1, at, k, deviation * deviation);
       });

@@ -19,7 +19,8 @@ namespace {
 // that was taken off x is rounded.
 template <typename T>
 struct InputGradient {
-  enum { kMeanU = kCommon, kGxOfD, kGxConstant, kRows };
+  enum { kShiftU = kCommon, kReduceRows };
+  enum { kMeanU = kShiftU, kGxOfD, kGxConstant, kRows };
   const Table<T, kRows>& table;
   const Parameters<T> parameters;
   int64_t values;
@@ -39,6 +40,8 @@ struct InputGradient {
   }
 };
 
+// In training mode u' is summed less a shift near its mean, or the rounding of d, which is alike where x is, would add
+// up in Σ u' d.
 template <typename T, bool planar>
 struct Backward {
   enum { kOfU, kOfUD, kOfD, kPartials };
@@ -52,9 +55,20 @@ struct Backward {
   T *gx, *gresidual;
   Acc<T>* sums;
 
-  void prepare(const Strip&) const {}
+  // The shift of a channel is the mean of its first few values; 0 in eval mode, where nothing cancels.
+  void prepare(const Strip& strip) const {
+    for (int64_t c = 0; c < strip.channels; ++c) table.at(Gradient::kShiftU, strip.first_channel + c) = 0;
+    if (!training) return;
+    const Tile first = layout.sample(layout.tile(strip, 0));
+    const double count = double(layout.values_of_channel(strip, first));
+    double partials[kPartials * (planar ? 1 : kStripColumns)];
+    reduce(strip, first, partials);
+    for (int64_t c = 0; c < strip.channels; ++c) {
+      table.at(Gradient::kShiftU, strip.first_channel + c) = Acc<T>(partials[kOfU * strip.channels + c] / count);
+    }
+  }
   RDS_FAST_OUTLINED void reduce(const Strip& strip, const Tile& tile, double* partials) const {
-    const auto coefficient = table.template of<planar, kCommon>(layout, strip);
+    const auto coefficient = table.template of<planar, Gradient::kReduceRows>(layout, strip);
     Sums<T, kPartials, planar> total(strip);
     const bool streamed = is_large<T>(layout);
     const auto masked_u = [&](auto at, int64_t offset, Vec<T> centred) {
@@ -75,12 +89,12 @@ struct Backward {
         write_outputs(outputs, offset, begin, end, false, [&](auto at, Vec<T>(&values)[1]) {
           const Vec<T> centred = at(x + offset, Acc<T>(0)) - coefficient(kMean, at);
           values[0] = masked_u(at, offset, centred);
-          add(total, at, 0, values[0], centred);
+          add(total, at, 0, values[0] - coefficient(Gradient::kShiftU, at), centred);
         });
       } else {
         for_vectors<T>(begin, end, [&](auto at, int k) {
           const Vec<T> centred = at(x + offset, Acc<T>(0)) - coefficient(kMean, at);
-          add(total, at, k, masked_u(at, offset, centred), centred);
+          add(total, at, k, masked_u(at, offset, centred) - coefficient(Gradient::kShiftU, at), centred);
         });
       }
     });
@@ -90,11 +104,12 @@ struct Backward {
     for (int k = 0; k < kPartials; ++k) total[k] += partial[k];
   }
   void finish(int64_t channel, const double* total) const {
-    const double mean_d = training ? total[kOfD] / double(layout.values) : 0.0;
+    const double count = double(layout.values), mean_d = training ? total[kOfD] / count : 0.0;
+    const double of_u = total[kOfU] + count * double(table.at(Gradient::kShiftU, channel));
     const double of_ux = parameters.rstd_of(channel) * (total[kOfUD] - total[kOfU] * mean_d);
-    sums[channel] = Acc<T>(total[kOfU]);
+    sums[channel] = Acc<T>(of_u);
     sums[layout.channels + channel] = Acc<T>(of_ux);
-    Gradient{table, parameters, layout.values}.fill(channel, total[kOfU], of_ux, mean_d);
+    Gradient{table, parameters, layout.values}.fill(channel, of_u, of_ux, mean_d);
   }
   RDS_FAST_OUTLINED void write(const Strip& strip, const Tile& tile) const {
     if (!training) return;
@@ -115,9 +130,9 @@ struct Backward {
 
  private:
   template <typename Total, typename At>
-  RDS_FAST_INLINE void add(Total& total, At at, int k, Vec<T> masked_u, Vec<T> centred) const {
-    total.add(kOfU, at, k, masked_u);
-    total.add(kOfUD, at, k, inside(at, masked_u * centred));
+  RDS_FAST_INLINE void add(Total& total, At at, int k, Vec<T> p, Vec<T> centred) const {
+    total.add(kOfU, at, k, inside(at, p));
+    total.add(kOfUD, at, k, inside(at, p * centred));
     total.add(kOfD, at, k, inside(at, centred));
   }
 };
@@ -154,9 +169,7 @@ struct DoubleBackward {
 
   // The shift of a channel is the mean of its first few values.
   void prepare(const Strip& strip) const {
-    Tile first = layout.tile(strip, 0);
-    first.last_row = least(first.last_row, planar ? 1 : 4);
-    first.end = least(first.end, planar ? 64 : kStripColumns);
+    const Tile first = layout.sample(layout.tile(strip, 0));
     const double count = double(layout.values_of_channel(strip, first));
     for (int64_t c = 0; c < strip.channels; ++c) {
       table.at(kShiftU, strip.first_channel + c) = table.at(kShiftV, strip.first_channel + c) = 0;

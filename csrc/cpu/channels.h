@@ -14,10 +14,10 @@
 
 namespace rds_fast::cpu::RDS_FAST_CAPABILITY {
 
-constexpr int64_t kPlane = 128;         // the shortest S treated as a plane
-constexpr int64_t kPlaneValues = 8192;  // of a tile: two passes over it hit the first cache
-constexpr int64_t kStripColumns = 512;  // the most columns of a strip, if they are not a plane
-constexpr int64_t kTileRows = 64;       // then
+constexpr int64_t kPlane = 128;                        // the shortest S treated as a plane
+constexpr int64_t kPlaneValues = 512 * kLanes<float>;  // of a tile: few of them, so that each lane rounds little
+constexpr int64_t kStripColumns = 512;                 // the most columns of a strip, if they are not a plane
+constexpr int64_t kTileRows = 64;                      // then
 
 // What a task does with a tile is compiled once, not into every loop over tiles.
 #define RDS_FAST_OUTLINED __attribute__((noinline))
@@ -89,6 +89,12 @@ struct Layout {
   Tile tile(const Strip& strip, int64_t index) const {
     const int64_t row = index / column_tiles() * tile_rows, column = index % column_tiles() * tile_columns;
     return {row, least(row + tile_rows, rows), column, least(column + tile_columns, strip.columns)};
+  }
+
+  // The first few values of each channel of a tile.
+  Tile sample(const Tile& tile) const {
+    if (planar) return {tile.first_row, tile.first_row + 1, tile.begin, least(tile.end, tile.begin + 1024)};
+    return {tile.first_row, least(tile.last_row, tile.first_row + 8), tile.begin, tile.end};
   }
 
   // visit(offset, begin, end) for the rows of a tile: the values at offset + [begin, end).

@@ -24,19 +24,26 @@ class Cost(NamedTuple):
 
 def _batch_norm_backward(arguments: Mapping[str, Any]) -> Cost:
     """Two passes over u and x. With y the first writes gresidual, the masked sum of both cotangents, for the second."""
+    if not arguments["training"]:  # the sums are not needed for gx
+        return Cost(launches=2)
     if arguments["y"] is None:
-        return Cost(launches=2, reads={"u": 2, "x": 2})
+        return Cost(launches=3, reads={"u": 2, "x": 2})
     gresidual = 3
-    return Cost(launches=2, reads={"x": 2}, writes={gresidual: 2})
+    return Cost(launches=3, reads={"x": 2}, writes={gresidual: 2})
+
+
+def _batch_norm_double_backward(arguments: Mapping[str, Any]) -> Cost:
+    return Cost(launches=3, reads={"v": 2, "u": 2, "x": 2}) if arguments["training"] else Cost(launches=2)
 
 
 # Without the prefix rds_fast::. An operation that is not named reads each tensor once and writes each result once, in
 # one launch.
 COSTS: dict[str, Cost | Callable[[Mapping[str, Any]], Cost]] = {
-    # One pass for the channel sums, one that writes. A residual is read by the second alone.
-    "batch_norm": Cost(launches=2, reads={"x": 2}),
+    # One pass for the channel sums, a launch that adds up its programs' parts, one pass that writes. A residual is read
+    # by the last alone. In eval mode the backwards are one pass and the launch that adds up.
+    "batch_norm": Cost(launches=3, reads={"x": 2}),
     "batch_norm_backward": _batch_norm_backward,
-    "batch_norm_double_backward": Cost(launches=2, reads={"v": 2, "u": 2, "x": 2}),
+    "batch_norm_double_backward": _batch_norm_double_backward,
     # A layer norm whose rows fit a tile: the second launch, where sums over channels are asked for, adds up the
     # programs'. For group and instance norms and longer rows they take a pass of their own, over u, x and v.
     "group_norm_backward": Cost(launches=2),

@@ -24,7 +24,13 @@ _library = torch.library.Library("rds_fast", "DEF")
 def _kernel(file: str, name: str, backend: str) -> Callable[..., Any]:
     """The kernel ``name`` of a backend: it has the same name, in a file of the same name, in every layer."""
     if backend == "native":
-        return getattr(torch.ops.rds_fast_native, name).default
+        try:
+            return getattr(torch.ops.rds_fast_native, name).default
+        except AttributeError:
+            raise RuntimeError(
+                f"the native library has no operation {name!r}, so it was built from an older version of the sources; "
+                "build it again (see 'Building' in README.md)"
+            ) from None
     if backend == "triton":
         return getattr(importlib.import_module(f"rds_fast.kernels.{file}"), name)
     raise ValueError(f"backend is {backend!r}; a fused operation runs on 'native' or 'triton'")

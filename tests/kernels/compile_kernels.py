@@ -117,6 +117,7 @@ FAMILIES: tuple[Callable[..., None], ...] = (
 
 # Files of kernels that have a ``compile_*.py`` of their own.
 ELSEWHERE = {"channel_sums", "group_norm", "group_norm_backward", "group_norm_double_backward", "group_rows"}
+ELSEWHERE |= {"channels", "batch_norm", "batch_norm_backward", "batch_norm_double_backward"}
 
 
 def row_cases(target: str) -> Iterator[tuple[str, Callable[[], None]]]:

@@ -14,6 +14,7 @@ import pytest
 WORKERS = [
     ("compile_kernels.py", 15),  # five kinds for each of three families
     ("compile_group_norm.py", 8),
+    ("compile_batch_norm.py", 11),  # three for each order, and two of eval mode
 ]
 ROOT = Path(__file__).parents[2]
 
@@ -40,3 +41,9 @@ def test_kernels_compile_without_spills(worker: str, fewest: int, target: str) -
         # 65,536 registers a multiprocessor: else a launch fails, which no compiler says
         too_wide = [report for report in reports if report["registers"] * 32 * report["num_warps"] > 65_536]
         assert not too_wide, too_wide
+        # The launches that sum channels run in one wave: four programs of four warps on each multiprocessor.
+        in_one_wave = ("batch_norm._statistics_kernel", "batch_norm_double_backward._double_backward_sums_kernel")
+        in_one_wave += ("batch_norm_backward._backward_sums_kernel",)
+        sums = [r for r in reports if r["kernel"] in in_one_wave and "float64" not in r["case"]]
+        assert bool(sums) == (worker == "compile_batch_norm.py")
+        assert all(report["registers"] <= 128 for report in sums), sums

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("file", ["interpreter_cases.py", "group_norm_cases.py"])
+@pytest.mark.parametrize("file", ["interpreter_cases.py", "group_norm_cases.py", "batch_norm_cases.py"])
 def test_kernels_in_the_interpreter(file: str) -> None:
     pytest.importorskip("triton")
     cases = Path(__file__).with_name(file)
