@@ -52,7 +52,7 @@ class fast_double_backward(TorchFunctionMode):
         if any(kind not in (Tensor, torch.nn.Parameter) for kind in types):  # a subclass has its own ways
             return func(*args, **kwargs)
         replacement = replacement_of(func)
-        if replacement is not None:
+        if replacement is not None and "out" not in kwargs:  # which autograd has no part in
             return replacement(*args, **kwargs)
         if _is_functional(func):
             with self:

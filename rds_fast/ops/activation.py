@@ -205,7 +205,7 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tenso
     """
     if isinstance(input, Tensor) and input.is_cuda and full_precision(input):
         input = input.float()  # as PyTorch under CUDA's autocast
-    return _activate(input, Kind("softplus", beta, threshold), lambda x: F.softplus(x, beta, threshold))
+    return _activate(input, Kind("softplus", float(beta), float(threshold)), lambda x: F.softplus(x, beta, threshold))
 
 
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
@@ -219,7 +219,7 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
 
     Clevert et al. 2016, arXiv 1511.07289.
     """
-    return _activate(input, Kind("elu", alpha, 1.0), lambda x: F.elu(x, alpha, inplace), inplace)
+    return _activate(input, Kind("elu", float(alpha), 1.0), lambda x: F.elu(x, alpha, inplace), inplace)
 
 
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -237,7 +237,7 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """
     if alpha == 0:
         return F.celu(input, alpha, inplace)  # PyTorch's error
-    return _activate(input, Kind("elu", alpha, 1.0 / alpha), lambda x: F.celu(x, alpha, inplace), inplace)
+    return _activate(input, Kind("elu", float(alpha), 1.0 / float(alpha)), lambda x: F.celu(x, alpha, inplace), inplace)
 
 
 def sigmoid(input: Tensor, inplace: bool = False) -> Tensor:

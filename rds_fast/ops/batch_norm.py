@@ -223,6 +223,7 @@ class BatchNormBackward(Function):
             return *(None,) * 9, *rest
         saved = ctx.saved_tensors
         v, vresidual = (None if t is None else laid_out_like(t, saved[1]) for t in (v, vresidual))
+        vweight, vbias = (None if t is None else t.contiguous() for t in (vweight, vbias))  # expanded, for a sum
         du, dx, dweight = derivative(BatchNormDoubleBackward, v, vweight, vbias, vresidual, *saved, *ctx.options)
         needs = ctx.needs_input_grad
         return (
@@ -390,6 +391,7 @@ def _has_kernel(
         return False
     if (running_mean is None) != (running_var is None):
         return False
-    if not all(t.is_contiguous() for t in (running_mean, running_var) if t is not None):
+    statistics = [t for t in (running_mean, running_var) if t is not None]
+    if not all(t.is_contiguous() and not t.requires_grad for t in statistics):
         return False
     return (input.numel() > channels[0] and eps > 0) if training else (running_mean is not None and eps >= 0)

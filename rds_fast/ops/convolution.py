@@ -15,7 +15,9 @@ Every derivative is again one of these two Functions, so there are derivatives o
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -185,9 +187,10 @@ def _can_run(plain: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: 
 
 
 def _for_each(rank: int, value: int | tuple[int, ...]) -> tuple[int, ...]:
-    """One number for each spatial dimension."""
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * rank if len(values) == 1 else values
+    """One number for each spatial dimension. They may be NumPy's, as PyTorch's own functions allow."""
+    values = (value,) if isinstance(value, Integral) else value
+    numbers = tuple(operator.index(number) for number in values)  # type: ignore[union-attr]  # Integral includes int
+    return numbers * rank if len(numbers) == 1 else numbers
 
 
 def _with_string_padding(

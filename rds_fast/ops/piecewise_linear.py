@@ -118,6 +118,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     signs_stay = negative_slope >= 0
     if _runs_plainly(input, inplace) or (inplace and not signs_stay):
         return F.leaky_relu(input, negative_slope, inplace)
+    negative_slope = float(negative_slope)  # NumPy's, perhaps
     function = _aten.leaky_relu_.default if inplace else _aten.leaky_relu.default
 
     def slope(g: Tensor, kept: Tensor) -> Tensor:
@@ -130,6 +131,7 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
     """``input`` clamped to ``[min_val, max_val]``, as ``torch.nn.functional.hardtanh``."""
     if _runs_plainly(input, inplace) or min_val > max_val:
         return F.hardtanh(input, min_val, max_val, inplace)
+    min_val, max_val = float(min_val), float(max_val)
     function = _aten.hardtanh_.default if inplace else _aten.hardtanh.default
 
     def slope(g: Tensor, y: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ Derivatives of all orders exist.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -139,8 +141,14 @@ def _can_run(input: Tensor) -> bool:
     return torch.is_grad_enabled() and input.requires_grad and select_for_layer(input) != "reference"
 
 
+def _plain(size: Size) -> int | tuple[int, ...]:
+    """Python's numbers in the place of NumPy's, which PyTorch's functions allow and its raw operations do not."""
+    return operator.index(size) if isinstance(size, Integral) else tuple(map(operator.index, size))  # type: ignore[arg-type]
+
+
 def _sizes(output_size: Size, rank: int) -> tuple[int, ...]:
-    return (output_size,) * rank if isinstance(output_size, int) else tuple(output_size)
+    sizes = _plain(output_size)
+    return (sizes,) * rank if isinstance(sizes, int) else sizes
 
 
 def average_pool(
@@ -154,7 +162,8 @@ def average_pool(
     divisor_override: int | None = None,
 ) -> Tensor:
     """``plain(input, ...)``, which is ``torch.nn.functional.avg_pool2d`` or ``avg_pool3d``."""
-    arguments = (kernel_size, () if stride is None else stride, padding, ceil_mode, count_include_pad, divisor_override)
+    windows = (_plain(kernel_size), () if stride is None else _plain(stride), _plain(padding))
+    arguments = (*windows, ceil_mode, count_include_pad, divisor_override)
     if not _can_run(input):
         return plain(input, *arguments)
     return AveragePool.apply(input, _AVERAGE_POOLS[plain], arguments)
@@ -178,7 +187,8 @@ def max_pool(
     ceil_mode: bool = False,
 ) -> Any:
     """``plain(input, ...)``: ``torch.max_pool2d``, ``max_pool3d``, or the builtins that return the places as well."""
-    arguments = (kernel_size, () if stride is None else stride, padding, dilation, ceil_mode)
+    windows = (_plain(kernel_size), () if stride is None else _plain(stride), _plain(padding), _plain(dilation))
+    arguments = (*windows, ceil_mode)
     if not _can_run(input):
         return plain(input, *arguments)
     results = MaxPool.apply(input, _MAX_POOLS[plain][0], arguments, _MAX_POOLS[plain][1])

@@ -300,3 +300,30 @@ def test_a_hook_that_changes_the_gradient_in_place() -> None:
         results.append(torch.autograd.grad(gradient.square().sum(), [*first.parameters(), *norm.parameters()]))
     torch.testing.assert_close(results[0], results[2])
     torch.testing.assert_close(results[1], results[3])
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_cotangents_that_are_not_contiguous(training: bool) -> None:
+    """A sum of gγ has an expanded cotangent, and the gradient of every second weight a strided one."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 3, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight, bias = (torch.randn(6, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    statistics = torch.zeros(3).double(), torch.ones(3).double()
+    results = []
+    for function in (batch_norm, functional.batch_norm):
+        y = function(x, *statistics, weight[::2], bias[::2], training)
+        gradients = torch.autograd.grad(y.sin().sum(), (weight, bias), create_graph=True)
+        of_squares = sum(gradient.square().sum() for gradient in gradients)
+        seconds = torch.autograd.grad(of_squares, (x, weight), retain_graph=True)
+        whole = function(x, *statistics, weight[:3], bias[:3], training)
+        sums = sum(g.sum() for g in torch.autograd.grad(whole.sin().sum(), (weight, bias), create_graph=True))
+        results.append([*seconds, *torch.autograd.grad(sums, (x, weight, bias))])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_running_statistics_have_no_gradient() -> None:
+    """PyTorch's error, in the place of a zero."""
+    x, mean = torch.randn(5, 3, requires_grad=True), torch.zeros(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="not differentiable with respect to argument 'running_mean'"):
+        batch_norm(x, mean, torch.ones(3)).sum().backward()

@@ -247,3 +247,22 @@ def test_no_zeros_are_summed_up(name: str) -> None:
     with Calls() as calls:
         torch.autograd.grad(gradient.square().sum(), leaf)
     assert not [func for func, _ in calls.calls if func in (aten.zeros_like.default, aten.zeros.default)]
+
+
+def test_numbers_of_numpy() -> None:
+    """PyTorch's own functions take them."""
+    numpy = pytest.importorskip("numpy")
+    x, weight = torch.randn(2, 3, 6, 6, requires_grad=True), torch.randn(4, 3, 2, 2)
+    two = numpy.int64(2)
+    functions: tuple[Callable[[Tensor], Tensor], ...] = (
+        lambda x: functional.conv2d(x, weight, stride=two, padding=(two, numpy.int32(1))),
+        lambda x: functional.max_pool2d(x, two, dilation=two),
+        lambda x: functional.avg_pool2d(x, two, (two, 1)),
+        lambda x: functional.adaptive_avg_pool2d(x, (two, None)),
+        lambda x: functional.leaky_relu(x, numpy.float32(0.5)),
+        lambda x: functional.hardtanh(x, numpy.float32(-0.5), two),
+        lambda x: functional.elu(x, numpy.float32(0.5)),
+        lambda x: functional.softplus(x, numpy.float32(0.5), two),
+    )
+    for function in functions:
+        torch.testing.assert_close(fast(function)(x), function(x))
