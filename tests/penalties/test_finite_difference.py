@@ -92,7 +92,14 @@ class NoisyStatistics(nn.BatchNorm2d):
 
 @pytest.mark.parametrize("method", ["exact", "finite_difference"])
 def test_statistics_are_those_of_a_plain_step(method: str) -> None:
-    """Running means and variances, counts of batches and foreign buffers, bit for bit; in eval mode untouched."""
+    """Running means and variances, counts of batches and foreign buffers; in eval mode untouched.
+
+    Bit for bit with finite differences, whose forward is PyTorch's. The exact penalty's batch norm sums in another
+    order, so there float32 may differ in its last bits, as two roundings do.
+    """
+    last_bits = (
+        {"rtol": 4 * torch.finfo(torch.float32).eps, "atol": 1e-7} if method == "exact" else {"rtol": 0, "atol": 0}
+    )
     model = nn.Sequential(
         RunningMaximum(),
         NoisyStatistics(3),
@@ -106,7 +113,7 @@ def test_statistics_are_those_of_a_plain_step(method: str) -> None:
         nn.functional.cross_entropy(plain(x), y).backward()
         PenalizedLoss(DensityPenalty(method=method))(model, x, y).total.backward()
     for name, expected in plain.named_buffers():
-        assert torch.equal(buffers[name], expected), name
+        torch.testing.assert_close(buffers[name], expected, **last_bits, msg=name)
         assert buffers[name] is model.get_buffer(name), name
     assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     before = {name: buffer.clone() for name, buffer in buffers.items()}
