@@ -13,7 +13,7 @@ import torch
 from . import backends
 from .coverage import layer_coverage
 from .nn import fusion_report
-from .training.models import torchvision_classifier
+from .training.models import image_size, torchvision_classifier
 
 # And the devices for which each has native kernels.
 OPERATIONS = {
@@ -84,7 +84,7 @@ def model_report(name: str) -> list[str]:
     with torch.device("meta"):
         model = torchvision_classifier(name)
     fused = str(fusion_report(model)).splitlines()
-    covered = [str(layer) for layer in layer_coverage(model, (2, 3, *[299 if name == "inception_v3" else 224] * 2))]
+    covered = [str(layer) for layer in layer_coverage(model, (2, 3, *[image_size(name)] * 2))]
     return ["fast_double_backward, layer by layer", *covered, "", "nn.fuse, batch norm by batch norm", *fused]
 
 

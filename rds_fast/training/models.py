@@ -125,3 +125,11 @@ def torchvision_classifier(name: str) -> nn.Module:
     # These two draw their weights from a truncated normal distribution, which takes a minute, and warn of it.
     slow = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     return cast(nn.Module, torchvision.get_model(name, weights=None, **slow))
+
+
+def image_size(name: str) -> int:
+    """Height and width of the images that a model of ``torchvision_classifier`` is for."""
+    torchvision = _torchvision_models()
+    if name not in torchvision.list_models(module=torchvision):
+        return 32
+    return 299 if name == "inception_v3" else 224
