@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -23,15 +24,19 @@ pytest.importorskip("safetensors", reason="needs the extra train")
 Call = Callable[..., tuple[int, str, str]]
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "training"))  # the small data sets of idx_files and image_files
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data set in IDX files: 220 samples to train on."""
-    sys.path.insert(0, str(ROOT / "tests" / "training"))
     from idx_files import write_set
 
     return write_set(tmp_path_factory.mktemp("idx"))
+
+
+# What the same computation may take different amounts of.
+MEASURED = ("seconds", "images_per_second", "data_wait", "peak_memory_bytes")
 
 
 def environment() -> dict[str, str]:
@@ -40,7 +45,8 @@ def environment() -> dict[str, str]:
 
 def start(*arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "rds_fast", "train", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment(), start_new_session=True, **pipes)
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
@@ -80,10 +86,17 @@ def last_step(run_dir: Path) -> int:
     return json.loads(header["__metadata__"]["state"])["step"]
 
 
-def test_killed_and_resumed_ends_with_the_same_bits(root: Path, tmp_path: Path) -> None:
+SYNTHETIC = ("--data", "synthetic", "--image-size", 16, "--classes", 5, "--train-size", 220, "--model", "cnn")
+
+
+@pytest.mark.parametrize("kind", ["block-mnist", "synthetic"])
+def test_killed_and_resumed_ends_with_the_same_bits(kind: str, root: Path, tmp_path: Path) -> None:
     # 22 steps an epoch and a checkpoint every 7 of them, so most checkpoints are inside an epoch.
-    settings = ("--data", "block-mnist", "--data-root", root, "--batch-size", 10, "--epochs", 5)
-    settings += ("--checkpoint-interval", 7)
+    settings: tuple[object, ...] = ("--batch-size", 10, "--epochs", 5, "--checkpoint-interval", 7)
+    if kind == "synthetic":
+        settings += (*SYNTHETIC, "--optimizer", "sgd", "--accumulate", 2, "--channels-last", "--amp", "bf16")
+    else:
+        settings += ("--data", "block-mnist", "--data-root", root)
     code, output, errors = run("--out", tmp_path / "straight", *settings)
     assert (code, errors) == (0, "")
     assert output.count("\n") == 6  # a line an epoch, and the result
@@ -102,16 +115,81 @@ def test_killed_and_resumed_ends_with_the_same_bits(root: Path, tmp_path: Path) 
 
     def rows(run_dir: Path) -> list[dict[str, object]]:
         parsed = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in parsed]
+        return [{k: v for k, v in row.items() if k not in MEASURED} for row in parsed]
 
     assert rows(tmp_path / "killed") == rows(tmp_path / "straight")
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(root: Path, tmp_path: Path) -> None:
+def test_a_whole_large_batch_job(tmp_path: Path) -> None:
+    """The command for one GPU, in small: three steps of two micro-batches, then its evaluation."""
+    pytest.importorskip("rich", reason="needs the extra train")
+    if importlib.util.find_spec("torchvision") is None:  # importing it here would change what the command meets
+        pytest.skip("needs torchvision")
+    out = tmp_path / "job"
+    code, output, errors = run(
+        *("--out", out, "--data", "synthetic", "--image-size", 32, "--classes", 10, "--train-size", 24),
+        *("--model", "resnet50", "--fuse", "--channels-last", "--amp", "bf16", "--threads", 1),
+        *("--batch-size", 8, "--accumulate", 2, "--epochs", 1, "--log-interval", 1),
+        *("--objective", "density", "--weight", 0.1, "--label-smoothing", 0.1),
+        *("--optimizer", "sgd", "--nesterov", "--weight-decay", 1e-4, "--no-decay-norms"),
+        *("--lr", 0.1, "--lr-scaling", "linear", "--lr-warmup-epochs", 1),
+    )
+    assert (code, errors) == (0, "")
+    assert re.search(r"epoch 1/1: .* images/s, data wait \d+%, peak memory [\d.]+ GB\n", output)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["lr"] for row in rows] == pytest.approx([0.0, 0.1 * 8 / 256 / 3, 0.2 * 8 / 256 / 3])
+    for row in rows:
+        assert row["penalty"] > 0
+        assert row["images_per_second"] > 0
+        assert 0 <= row["data_wait"] < 0.5
+        assert row["peak_memory_bytes"] > 23e6 * 4  # the weights alone
+    settings = json.loads((out / "config.json").read_text())["settings"]
+    assert (settings["fuse"], settings["accumulate"], settings["lr_scaling"]) == (True, 2, "linear")
+
+    command = [sys.executable, "-m", "rds_fast", "evaluate", out, "--limit", 2, "--steps", 1, "--device", "cpu"]
+    evaluated = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, timeout=120)
+    assert (evaluated.returncode, evaluated.stderr) == (0, "")
+    assert "leakage and null share are left out: these data have no null block" in evaluated.stdout
+    figures = json.loads((out / "evaluation.json").read_text())["figures"]
+    assert figures["leakage"] is None
+    assert figures["gradient_norm"] > 0
+
+
+def test_a_folder_of_images(tmp_path: Path, call: Call) -> None:
+    """Trained with workers; --data-root names what is wrong in one line; there is no test split to evaluate."""
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("needs torchvision")
+    import image_files
+
+    images, out = image_files.write(tmp_path / "images"), tmp_path / "run"
+    settings = ("--data", "imagefolder", "--data-root", images, "--image-size", 16, "--model", "cnn")
+    code, output, errors = run("--out", out, *settings, "--batch-size", 4, "--epochs", 2, "--workers", 2)
+    assert (code, errors) == (0, "")
+    assert "epoch 2/2: loss" in output
+    described = json.loads((out / "config.json").read_text())["data"]
+    assert described == {"samples": 12, "classes": 3, "class_names": ["blue", "green", "red"]}
+    image_files.remove(images / "val" / "red")
+    code, _, errors = call("--out", tmp_path / "other", *settings)
+    assert code == 1
+    assert re.fullmatch(r"error: the classes under .* differ: val lacks red\. Each needs the same folders\n", errors)
+
+
+@pytest.mark.parametrize("kind", ["mnist", "imagefolder"])
+def test_ctrl_c_saves_and_says_how_to_go_on(kind: str, root: Path, tmp_path: Path) -> None:
+    """A terminal sends it to every process, those that decode images too, and the step under way needs them."""
     out = tmp_path / "a run"  # the space has to be quoted in the command
-    process = start("--out", out, "--data", "mnist", "--data-root", root, "--epochs", 100000)
+    settings: tuple[object, ...] = ("--data", kind, "--data-root", root)
+    if kind == "imagefolder":
+        if importlib.util.find_spec("torchvision") is None:
+            pytest.skip("needs torchvision")
+        import image_files
+
+        images = image_files.write(tmp_path / "images")
+        settings = ("--data", kind, "--data-root", images, "--image-size", 16, "--workers", 2, "--batch-size", 4)
+    process = start("--out", out, *settings, "--epochs", 100000)
     wait_for(lambda: last_step(out) > 0, process)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     match = re.search(r"training stopped after step (\d+) and was saved in .*\. To go on:\n  (.*)\n", errors)
@@ -141,6 +219,19 @@ def test_settings_of_a_resumed_run_are_its_own(root: Path, tmp_path: Path, call:
         ),
         (("--momentum", 0.5), "--momentum would have no effect: it belongs to optimizer sgd"),
         (("--data-root", "/nowhere"), "error: the data root /nowhere is not a folder"),
+        (
+            ("--data", "imagefolder"),
+            "error: data is 'imagefolder' and data_root is missing; give the folder of",
+        ),
+        (
+            ("--data", "imagefolder", "--data-root", "/nowhere"),
+            "error: the data root /nowhere is not a folder; exp",
+        ),
+        (("--data", "synthetic", "--data-root", "/nowhere"), "--data-root would have no effect: it belongs to data"),
+        (("--classes", 5), "--classes would have no effect: it belongs to data synthetic, and data is block-mnist"),
+        (("--workers", 2), "--workers would have no effect: it belongs to data imagefolder"),
+        (("--accumulate", 3), "error: batch_size is 100 and accumulate is 3, which does not divide it"),
+        (("--optimizer", "sgd", "--nesterov", "--momentum", 0), "error: nesterov is given and momentum is 0"),
         (("--resume",), "holds no run: there is no config.json"),
         (("--epochs", 0), "error: epochs is 0; it must be a whole number, 1 or more"),
     ],

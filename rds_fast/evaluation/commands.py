@@ -57,6 +57,8 @@ def evaluate(
     settings = EvaluationSettings(linf, l2, steps, seed, limit, batch_size)
     figures = evaluate_run(run, settings, split=split, device=device)
     print_table(f"{figures.samples} {split} samples", {run.name: [figures]}, settings)
+    if figures.leakage is None:
+        print("leakage and null share are left out: these data have no null block")
     print(f"written: {run / runs.EVALUATION}")
 
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from ..training import data, runs
 from ..training.config import TrainingConfig
-from ..training.loop import cpu_threads, resolve_device, train
+from ..training.devices import cpu_threads, resolve_device
+from ..training.loop import train
 from .evaluate import EvaluationSettings, Figures, evaluate_run
 from .sweep import BASELINE, OBJECTIVES, SWEEP, candidate_config
 
@@ -96,7 +97,7 @@ def demo(
         raise ValueError(
             f"the weights are for {base.data}; the demonstration needs data with a null block, block-mnist"
         )
-    splits = data.load(base.data, base.data_root, base.data_seed)
+    splits = base.load_data()
     models: dict[str, list[Trained]] = {}
     for name in SHOWN:
         weight = None if name == BASELINE else float(record["choices"][name]["weight"])

@@ -17,7 +17,7 @@ from ..ops.logsumexp import logsumexp
 from ..training import data, runs
 from ..training.checkpoints import write_atomically
 from ..training.config import TrainingConfig
-from ..training.loop import resolve_device
+from ..training.devices import resolve_device
 from ..training.names import check_name
 from .attacks import pgd
 from .leakage import feature_leakage, input_gradient
@@ -85,7 +85,7 @@ def mean_and_spread(figures: Sequence[Figures]) -> tuple[Figures, Figures | None
     return over_models(statistics.fmean), over_models(statistics.stdev) if len(figures) > 1 else None
 
 
-def evaluate_model(model: nn.Module, images: data.Images, settings: EvaluationSettings) -> Figures:
+def evaluate_model(model: nn.Module, images: data.Split, settings: EvaluationSettings) -> Figures:
     """The figures of a model on a split, both on one device. The model is measured in eval mode and its mode restored.
 
     Raises:
@@ -95,7 +95,7 @@ def evaluate_model(model: nn.Module, images: data.Images, settings: EvaluationSe
         raise ValueError("there are no samples to evaluate")
     if settings.limit is not None and settings.limit < len(images):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))
-        images = images.take(order[: settings.limit].sort().values.to(images.labels.device))
+        images = images.take(order[: settings.limit].sort().values.to(images.index_device))
     device = images.labels.device
     # One generator an attack, so that leaving one out would not move the other's starts.
     generators = {norm: torch.Generator(device).manual_seed(settings.seed) for norm in ("linf", "l2")}
@@ -104,7 +104,7 @@ def evaluate_model(model: nn.Module, images: data.Images, settings: EvaluationSe
     try:
         batches = [
             _measure(model, images.take(indices), settings, generators)
-            for indices in torch.arange(len(images), device=device).split(settings.batch_size)
+            for indices in torch.arange(len(images), device=images.index_device).split(settings.batch_size)
         ]
     finally:
         for module, training in was_training.items():
@@ -116,7 +116,7 @@ def _measure(
     model: nn.Module, images: data.Images, settings: EvaluationSettings, generators: dict[str, torch.Generator]
 ) -> dict[str, Tensor]:
     """Each figure of each sample of a batch."""
-    x, y = images.images, images.labels
+    x, y = data.in_unit_interval(images.images), images.labels
     right = _right(model, x, y)
     figures = {"accuracy": right, "gradient_norm": _density_gradient_norm(model, x)}
     for norm, epsilon in (("linf", settings.linf_epsilon), ("l2", settings.l2_epsilon)):
@@ -172,8 +172,11 @@ def evaluate_run(
     check_name("split", split, SPLITS)
     resolved = resolve_device(device)
     model, config = runs.load_model(run_dir, resolved)
-    splits = splits or data.load(config.data, config.data_root, config.data_seed)
-    figures = evaluate_model(model, getattr(splits, split).to(resolved), settings)
+    splits = splits or config.load_data()
+    samples: data.Split = getattr(splits, split)
+    if len(samples) == 0:
+        raise ValueError(f"the data in {config.data_root} have no {split} split; use --split validation, or add one")
+    figures = evaluate_model(model, samples.to(resolved), settings)
     record = evaluation_record(config, figures, settings, split, resolved)
     write_atomically(Path(run_dir) / runs.EVALUATION, (json.dumps(record, indent=2) + "\n").encode())
     return figures

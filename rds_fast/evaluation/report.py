@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..training import data, runs
+from ..training import runs
 from . import pictures
 from .demo import Trained, label
 from .evaluate import EvaluationSettings, Figures, mean_and_spread
@@ -155,7 +155,7 @@ def _meanings(shown: Sequence[Column]) -> str:
 
 def _maps(models: Models) -> str:
     config = models[BASELINE][0].config
-    test = data.load(config.data, config.data_root, config.data_seed).test
+    test = config.load_data().test
     samples = test.take(pictures.first_of_each_class(test.labels))
     attributions, shares = {}, {}
     for name, each in models.items():

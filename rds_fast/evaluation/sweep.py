@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from ..training import data, runs
 from ..training.checkpoints import write_atomically
 from ..training.config import RESUMABLE_CHANGES, TrainingConfig
-from ..training.loop import cpu_threads, resolve_device, train
+from ..training.devices import cpu_threads, resolve_device
+from ..training.loop import train
 from ..training.names import check_name
 from .evaluate import EvaluationSettings, evaluate_run
 
@@ -124,7 +125,7 @@ def sweep(
     wanted = [(BASELINE, 0.0, seed) for seed in seeds]  # cross-entropy has no weight
     wanted += [(name, weight, seed) for name in objectives for weight in weights for seed in seeds]
     missing = [trial for trial in wanted if trial not in done]
-    splits = data.load(base.data, base.data_root, base.data_seed) if missing else None
+    splits = base.load_data() if missing else None
     for number, (name, weight, seed) in enumerate(missing, 1):
         run_dir = out / f"{name}-{weight:g}-seed{seed}"
         figures = _try(run_dir, candidate_config(base, name, weight, seed), settings, splits)

@@ -19,7 +19,8 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Batch norm → ReLU, batch norm → add → ReLU and batch norm → add as single operations, at every order.
 
     The fused operation reads and writes less: the normalised tensor is never stored, and the ReLU's mask is recomputed.
-    Values, gradients, second derivatives and running statistics are the model's own; third derivatives raise.
+    Values, gradients, second derivatives and running statistics are the model's own, also those with respect to what
+    hooks or feature extractors capture between its layers; third derivatives raise.
 
     Every module keeps its place, its parameters and buffers, and its meaning: the state dict is the same, and a layer
     called on its own does what it did. What changes is the forward of the modules that call the batch norms (a residual

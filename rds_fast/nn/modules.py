@@ -16,16 +16,18 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
+from ..ops.aliases import withdraw_alias
 from ..ops.batch_norm import batch_norm
 
 
 class Epilogue(NamedTuple):
-    """What follows a batch norm: ``+ residual`` (in place or not), then ReLU; either may be missing."""
+    """What follows a batch norm: ``+ residual``, in place or not, then ReLU, a module or True; each may be missing."""
 
     residual: Tensor | None = None
     in_place: bool = False
-    relu: bool = False
+    relu: nn.Module | bool = False
 
     def apply(self, output: Any) -> Any:
         """The plain composition."""
@@ -33,6 +35,8 @@ class Epilogue(NamedTuple):
             output += self.residual  # as the model had it: the sum has output's shape and dtype, or it is an error
         elif self.residual is not None:
             output = output + self.residual
+        if isinstance(self.relu, nn.Module):
+            return self.relu(output)  # in place or not: whoever holds output sees it
         return torch.relu(output) if self.relu else output
 
 
@@ -67,7 +71,7 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             self._share_of_the_batch(),
             self.eps,
             residual=epilogue.residual,
-            relu=epilogue.relu,
+            relu=epilogue.relu is not False,
         )
 
     def _share_of_the_batch(self) -> float:
@@ -108,12 +112,17 @@ class Variant(NamedTuple):
 
 
 class Blueprint(NamedTuple):
-    """All that a generated forward is made of, and the number of arguments and submodules it was traced with."""
+    """All that a generated forward is made of, and the number of arguments and the submodules it was traced with.
+
+    result, receivers: what the trace shows of who sees the argument and the result, see ``privacy``.
+    """
 
     variants: tuple[Variant, ...]
     arity: int
-    children: int
+    children: tuple[str, ...]
     ends_in_batch_norm: bool
+    result: str | None
+    receivers: tuple[str, ...] | None
 
 
 class _Import(NamedTuple):
@@ -136,14 +145,14 @@ class FusedForward(nn.Module):
 
     def _generated(self, args: tuple[Any, ...]) -> Callable[..., Any] | None:
         """The forward that was traced under what holds now; None where there is none."""
-        if len(args) != self.blueprint.arity or self.is_outdated():
+        if len(args) != self.blueprint.arity or self.is_outdated() or global_hooks():
             return None
         kinds = {Tensor if isinstance(argument, Tensor) else type(argument) for argument in args}
         return self.functions.get((self.training, kinds.pop())) if len(kinds) == 1 else None
 
     def is_outdated(self) -> bool:
-        """Whether submodules were added or removed since the trace. Those that were replaced are looked up by name."""
-        return len(self._modules) != self.blueprint.children
+        """Whether submodules were added, removed or moved since the trace. Replaced ones are looked up by name."""
+        return tuple(self._modules) != self.blueprint.children
 
     def __setattr__(self, name: str, value: Any) -> None:
         outdated = _may_steer(self, name)
@@ -197,6 +206,8 @@ def _dispatching(original: type[nn.Module]) -> Callable[..., Any]:
         function = None if kwargs else self._generated(args)
         if function is None:
             output = original.forward(self, *args, **kwargs)
+            if not torch.compiler.is_compiling():
+                withdraw_alias(output)  # nothing is known of who else holds it
             return output if epilogue is None else epilogue.apply(output)
         return function(self, *args, epilogue) if self.blueprint.ends_in_batch_norm else function(self, *args)
 
@@ -232,6 +243,16 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def global_hooks() -> bool:
+    """Whether somebody watches the calls of all modules, those that a fused forward leaves out too."""
+    return bool(_has_any_global_hook())
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a call runs more than the forward of the module's class."""
+    return has_hooks(module) or "forward" in vars(module)
+
+
 # The two functions that generated code calls. They look at the modules as these are now.
 
 
@@ -242,7 +263,7 @@ def finish(module: nn.Module, epilogue: Epilogue | None, *args: Any) -> Any:
     fused = isinstance(module, FusedBatchNorm) or (
         isinstance(module, FusedForward) and module.blueprint.ends_in_batch_norm
     )
-    if fused and not has_hooks(module):
+    if fused and not is_watched(module):
         return module(*args, epilogue=epilogue)
     return epilogue.apply(module(*args))
 
@@ -251,6 +272,6 @@ def with_epilogue(
     module: nn.Module, relu: nn.Module | bool, residual: Tensor | None, in_place: bool, *args: Any
 ) -> Any:
     """``module(*args)``, ``+ residual`` unless it is None, then ``relu``: a module, or whether there is one."""
-    if isinstance(relu, nn.Module) and (type(relu) is not nn.ReLU or has_hooks(relu)):
+    if isinstance(relu, nn.Module) and (type(relu) is not nn.ReLU or is_watched(relu)):
         return relu(finish(module, None if residual is None else Epilogue(residual, in_place), *args))
-    return finish(module, Epilogue(residual, in_place, relu is not False), *args)
+    return finish(module, Epilogue(residual, in_place, relu), *args)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import TypeVar
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .modules import FUSED, Blueprint, fused_class, has_hooks, original_class
 from .patterns import Fusion, Left, Outcome, Patterns, Returned, rewrite, variant
+from .privacy import insert_hand_overs, receivers, result
 from .tracing import Untraceable, argument_names, is_container, trace
+
+T = TypeVar("T")
 
 
 class Plan:
@@ -24,14 +28,15 @@ class Plan:
         self.calls: defaultdict[nn.Module, list[tuple[nn.Module, Outcome]]] = defaultdict(list)
         self.untraceable: dict[nn.Module, str] = {}
         self.ends: set[nn.Module] = set()  # the modules that are, or end in, a batch norm that may be fused
-        self._visit(model, set())
+        self.visited: dict[nn.Module, None] = {}  # all modules, children first
+        self._visit(model)
 
-    def _visit(self, module: nn.Module, visited: set[nn.Module]) -> None:
+    def _visit(self, module: nn.Module) -> None:
         """Children first: whether they end in a batch norm must be known."""
-        visited.add(module)
         for child in module.children():
-            if child not in visited:
-                self._visit(child, visited)
+            if child not in self.visited:
+                self._visit(child)
+        self.visited[module] = None
         if isinstance(module, _BatchNorm):
             if why_not_plain(module) is None:
                 self.ends.add(module)
@@ -90,7 +95,7 @@ class Plan:
     def apply(self) -> None:
         """Give each module of the model its class. The graphs are used up."""
         fused = {module for module in self.ends if self.is_fused(module)}
-        for module in self.paths:
+        for module in self.visited:
             kind = original_class(module)
             if module in self.outcomes:
                 kind = self._class_of_caller(module, module in fused)
@@ -103,15 +108,26 @@ class Plan:
         found = self.outcomes[module]
         fuses = any(isinstance(outcome, Fusion) for outcomes in found for outcome in outcomes.values())
         original = original_class(module)
-        if not fuses and not ends_in_batch_norm:
-            return original
-        variants = []
-        for ((training, arguments), graph), outcomes in zip(self.graphs[module].items(), found, strict=True):
+        graphs = self.graphs[module]
+        for graph, outcomes in zip(graphs.values(), found, strict=True):
             rewrite(graph, outcomes, ends_in_batch_norm)
-            variants.append(variant(graph, training, arguments))
-        arity = len(argument_names(module))
-        blueprint = Blueprint(tuple(variants), arity, len(module._modules), ends_in_batch_norm)
+        hands_over = [insert_hand_overs(module, graph) for graph in graphs.values()]
+        if not (fuses or ends_in_batch_norm or any(hands_over)):
+            return original
+        blueprint = Blueprint(
+            tuple(variant(graph, *key) for key, graph in graphs.items()),
+            len(argument_names(module)),
+            tuple(module._modules),
+            ends_in_batch_norm,
+            _common([result(graph) for graph in graphs.values()]),
+            _common([receivers(graph) for graph in graphs.values()]),
+        )
         return fused_class(original, blueprint)  # type: ignore[arg-type]  # mypy thinks that a class has no hash
+
+
+def _common(values: list[T]) -> T | None:
+    """What holds for every trace of a forward, so that it need not be asked which of them ran."""
+    return values[0] if len(set(values)) == 1 else None
 
 
 def why_not_plain(module: _BatchNorm) -> str | None:

@@ -3,25 +3,54 @@
 Autograd's engine sums the cotangents of a tensor with several uses in a pass of its own: two reads and a write. An
 operation whose backward can add them while it reads returns its result twice, as two outputs of one storage, and offers
 the second one on the first. The first operation here that uses the tensor takes the alias, later ones the tensor.
+
+The gradient with respect to the tensor then lacks what came through its alias. So an alias is taken only by permission,
+which is to be given where nobody can hold the tensor, to ask for that gradient, but the operations that use it:
+``rds_fast.nn`` knows such places. An offer that was not permitted when the tensor is first used is void.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from torch import Tensor
 
 _ATTRIBUTE = "_rds_fast_alias"
 
 
+class _Offer(NamedTuple):
+    alias: Tensor
+    version: int  # the tensor's own, when the alias had its values
+    permitted: bool = False
+
+
 def offer_alias(tensor: Tensor, alias: Tensor) -> None:
     """``alias`` has the values of ``tensor`` and requires a gradient of its own."""
-    setattr(tensor, _ATTRIBUTE, (alias, tensor._version))
+    setattr(tensor, _ATTRIBUTE, _Offer(alias, tensor._version))
+
+
+def has_alias(value: object) -> bool:
+    """Whether an alias is on offer, permitted or not, on what may be anything."""
+    return isinstance(value, Tensor) and hasattr(value, _ATTRIBUTE)
+
+
+def permit(tensor: Tensor) -> None:
+    """Let the alias be taken, if there is one: no gradient with respect to ``tensor`` will be asked for, nor hooked."""
+    offer = getattr(tensor, _ATTRIBUTE, None)
+    if offer is not None:
+        setattr(tensor, _ATTRIBUTE, offer._replace(permitted=True))
+
+
+def withdraw_alias(value: object) -> None:
+    """End the offer, if there is one, on what may be anything."""
+    if has_alias(value):
+        delattr(value, _ATTRIBUTE)
 
 
 def take_alias(tensor: Tensor) -> Tensor:
-    """The alias on offer, once; else, or where the tensor was changed since, the tensor itself."""
-    offered = getattr(tensor, _ATTRIBUTE, None)
-    if offered is None:
+    """The alias, once, if it is permitted and the tensor has not changed since; else the tensor itself."""
+    offer = getattr(tensor, _ATTRIBUTE, None)
+    if offer is None:
         return tensor
     delattr(tensor, _ATTRIBUTE)
-    alias, version = offered
-    return alias if version == tensor._version else tensor
+    return offer.alias if offer.permitted and offer.version == tensor._version else tensor

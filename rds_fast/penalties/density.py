@@ -193,21 +193,33 @@ class DensityPenalty:
         with implementation(self.fast):
             return density_penalty_from_logits(logits, x, p=self.p, power=self.power)
 
-    def per_sample(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | None = None) -> PerSample:
+    def per_sample(
+        self,
+        model: Callable[[Tensor], Tensor],
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        label_smoothing: float = 0.0,
+    ) -> PerSample:
         """The penalty of each sample and the logits; given labels, the cross-entropy too, from the same forward."""
+        method = self._exact if self.method == "exact" else self._finite_difference
         with implementation(self.fast):
-            return self._exact(model, x, y) if self.method == "exact" else self._finite_difference(model, x, y)
+            return method(model, x, y, label_smoothing)
 
-    def _exact(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | None) -> PerSample:
+    def _exact(
+        self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | None, label_smoothing: float
+    ) -> PerSample:
         refuse_compiled(model)
         x = differentiable_input(x)
         logits = forward(model, x)
         refuse_compiled_logits(logits)
         refuse_normalised(logits)
-        cross_entropy, log_sum_exp = _cross_entropy_and_logsumexp(logits, y)
+        cross_entropy, log_sum_exp = _cross_entropy_and_logsumexp(logits, y, label_smoothing)
         return PerSample(input_gradient_norm(log_sum_exp, x, self.p, self.power), cross_entropy, logits)
 
-    def _finite_difference(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | None) -> PerSample:
+    def _finite_difference(
+        self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | None, label_smoothing: float
+    ) -> PerSample:
         base = differentiable_input(x)
         _refuse_coarse("x is", x.dtype)
         with without_autocast(x.device):
@@ -215,7 +227,7 @@ class DensityPenalty:
             logits = forward(model, base, twice_differentiable=False)
             _refuse_coarse("the logits are", logits.dtype)
             refuse_normalised(logits)
-            cross_entropy, log_sum_exp = _cross_entropy_and_logsumexp(logits, y)
+            cross_entropy, log_sum_exp = _cross_entropy_and_logsumexp(logits, y, label_smoothing)
             norm, direction = _dual_direction(input_gradient(log_sum_exp, base, create_graph=False), self.p)
             # From the caller's x: if that needs no gradient, neither does the second forward's input.
             step_size = float(self.step_size)
@@ -227,8 +239,12 @@ class DensityPenalty:
         return PerSample(penalty, cross_entropy, logits)
 
 
-def _cross_entropy_and_logsumexp(logits: Tensor, y: Tensor | None) -> tuple[Tensor | None, Tensor]:
-    return (None, logsumexp(logits)) if y is None else cross_entropy_with_logsumexp(logits, y)
+def _cross_entropy_and_logsumexp(
+    logits: Tensor, y: Tensor | None, label_smoothing: float
+) -> tuple[Tensor | None, Tensor]:
+    if y is None:
+        return None, logsumexp(logits)
+    return cross_entropy_with_logsumexp(logits, y, label_smoothing=label_smoothing)
 
 
 def _refuse_coarse(found: str, dtype: torch.dtype) -> None:

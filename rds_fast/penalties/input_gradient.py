@@ -68,12 +68,18 @@ class InputGradientPenalty:
         with implementation(self.fast):
             return input_gradient_norm(self._output(logits, y), x, self.p, self.power).mean()
 
-    def per_sample(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> PerSample:
-        """The penalty of each sample, the cross-entropy and the logits, from one forward."""
+    def per_sample(
+        self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, label_smoothing: float = 0.0
+    ) -> PerSample:
+        """The penalty of each sample, the cross-entropy and the logits, from one forward.
+
+        Label smoothing is for the cross-entropy that is returned; the penalty's own has none.
+        """
         with implementation(self.fast):
             logits, x = self._forward(model, x)
-            cross_entropy, _ = cross_entropy_with_logsumexp(logits, y)
-            output = cross_entropy if self.of == "cross_entropy" else _target_logit(logits, y)
+            cross_entropy, _ = cross_entropy_with_logsumexp(logits, y, label_smoothing=label_smoothing)
+            shared = self.of == "cross_entropy" and label_smoothing == 0
+            output = cross_entropy if shared else self._output(logits, y)
             return PerSample(input_gradient_norm(output, x, self.p, self.power), cross_entropy, logits)
 
     def _forward(self, model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:

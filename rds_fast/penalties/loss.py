@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..double_backward import fast_double_backward
 from ..ops.cross_entropy import cross_entropy_with_logsumexp
+from ..ops.inputs import check_number
 from .checks import IGNORED, check_input
 from .inner_pass import PerSample, differentiable_input, forward, implementation, logits_of
 from .schedules import Schedule, check_weight
@@ -19,7 +20,8 @@ class Penalty(Protocol):
     """A scalar penalty of a model at inputs x with labels y.
 
     A penalty of logits that were computed already may have ``from_logits(logits, x, y)`` too, x requiring a gradient;
-    ``PenalizedLoss`` then shares the forward.
+    ``PenalizedLoss`` then shares the forward. One that computes the cross-entropy besides, of each sample, may have
+    ``per_sample(model, x, y, label_smoothing=0.0)`` to (penalty, cross-entropy, logits).
     """
 
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor: ...
@@ -46,16 +48,19 @@ class PenalizedLoss:
         penalty: a callable ``penalty(model, x, y)`` to a scalar, such as ``rds_fast.DensityPenalty()``.
         weight: λ, a number (Python's or NumPy's) that is not negative, or a schedule: a callable of the step, such as
             ``rds_fast.schedules.LinearWarmup``.
+        label_smoothing: ε in [0, 1] of the cross-entropy: its target becomes (1 − ε) target + ε / C for C classes. The
+            penalty is not affected.
         fast: False runs the loss's and the penalty's own operations (log-sum-exp, cross-entropy, norm) and the model's
             layers on plain PyTorch; True runs what is differentiated twice under ``rds_fast.fast_double_backward``.
 
     Raises:
-        TypeError: penalty is not callable, or a weight is not a number.
-        ValueError: a weight is negative or not finite.
+        TypeError: penalty is not callable, or a weight or the label smoothing is not a number.
+        ValueError: a weight is negative or not finite, or the label smoothing is outside [0, 1].
     """
 
     penalty: Penalty
     weight: float | Schedule = 0.1
+    label_smoothing: float = field(default=0.0, kw_only=True)
     fast: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -65,6 +70,8 @@ class PenalizedLoss:
             )
         if not callable(self.weight):
             check_weight(self.weight)
+        if not 0 <= check_number("label_smoothing", self.label_smoothing) <= 1:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1]")
 
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, step: int | None = None) -> LossTerms:
         """The loss of one batch; ``terms.total.backward()`` trains.
@@ -110,7 +117,7 @@ class PenalizedLoss:
         per_sample: Callable[..., PerSample] | None = getattr(self.penalty, "per_sample", None)
         from_logits: Callable[..., Tensor] | None = getattr(self.penalty, "from_logits", None)
         if per_sample is not None:
-            terms = per_sample(model, x, y)
+            terms = per_sample(model, x, y, label_smoothing=self.label_smoothing)
             assert terms.cross_entropy is not None  # labels were given
             return _mean(terms.cross_entropy, y), terms.penalty.mean(), terms.logits
         if from_logits is not None:
@@ -122,7 +129,8 @@ class PenalizedLoss:
             logits = logits_of(model, x)
             with fast_double_backward():
                 penalty = self.penalty(model, x, y)
-        return _mean(cross_entropy_with_logsumexp(logits, y)[0], y), _scalar(penalty), logits
+        cross_entropy, _ = cross_entropy_with_logsumexp(logits, y, label_smoothing=self.label_smoothing)
+        return _mean(cross_entropy, y), _scalar(penalty), logits
 
 
 def _mean(cross_entropy: Tensor, y: Tensor) -> Tensor:

@@ -96,3 +96,7 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
         parameter, name = key.split(".", 1)
         state.setdefault(int(parameter), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
+    for weight, entries in optimizer.state.items():  # files are contiguous, and parameters may be channels last
+        for name, entry in entries.items():
+            if isinstance(entry, Tensor) and entry.shape == weight.shape:
+                entries[name] = torch.empty_like(weight, dtype=entry.dtype).copy_(entry)

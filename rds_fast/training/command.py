@@ -27,7 +27,7 @@ def _option(name: str) -> inspect.Parameter:
     if repeated:
         kind, flag = list[int], flag.removesuffix("s")
     elif kind is bool:
-        flag = f"{flag}/--no-{name}"
+        flag = f"{flag}/--no-{flag[2:]}"
     words = [field.metadata["help"]]
     if field.metadata["names"]:
         words.append(" | ".join(field.metadata["names"]))

@@ -7,7 +7,8 @@ import json
 import math
 from typing import Any
 
-from . import data, models
+from . import data as data_sets  # a setting is called data
+from . import models
 from .names import check_name
 
 OBJECTIVES = ("cross-entropy", "input-gradient", "density")
@@ -16,11 +17,17 @@ METHODS = ("exact", "finite_difference")
 WEIGHT_SCHEDULES = ("constant", "linear", "cosine", "step")
 OPTIMIZERS = ("adam", "sgd")
 LR_SCHEDULES = ("constant", "cosine", "step")
+LR_SCALINGS = ("none", "linear")
 DEVICES = ("auto", "cpu", "cuda")
 AMP = ("none", "bf16", "fp16")
 
+_COUNTS = (
+    *("image_size", "classes", "train_size", "epochs", "batch_size", "accumulate"),
+    *("threads", "workers", "log_interval", "checkpoint_interval"),
+)
+
 # Where a run goes on, these may differ: they decide where and how it is watched, not what is computed.
-RESUMABLE_CHANGES = ("device", "threads", "log_interval", "checkpoint_interval")
+RESUMABLE_CHANGES = ("device", "threads", "workers", "log_interval", "checkpoint_interval")
 
 
 def _setting(
@@ -29,11 +36,11 @@ def _setting(
     help: str,
     *,
     names: tuple[str, ...] = (),
-    only: tuple[str, str] | None = None,
+    only: tuple[str, *tuple[str, ...]] | None = None,
 ) -> Any:
     """A field, and what the command line says of it.
 
-    ``names``: what it may be. ``only``: it has an effect where that other setting has that value.
+    ``names``: what it may be. ``only``: another setting, and the values of it with which this one has an effect.
     """
     return dataclasses.field(default=default, metadata={"group": group, "help": help, "names": names, "only": only})
 
@@ -46,9 +53,26 @@ class TrainingConfig:
         ValueError: a value is unknown or out of range; the message names the setting and what it may be.
     """
 
-    data: str = _setting("block-mnist", "Data", "The data set.", names=data.NAMES)
-    data_root: str | None = _setting(None, "Data", "Folder of the four IDX files, instead of the packaged images.")
-    data_seed: int = _setting(0, "Data", "Decides the splits, and which block is on top.")
+    data: str = _setting("block-mnist", "Data", "The data set.", names=data_sets.NAMES)
+    data_root: str | None = _setting(
+        None,
+        "Data",
+        "Folder of the four IDX files, instead of the packaged images; imagefolder: of train/CLASS and val/CLASS.",
+        only=("data", *data_sets.FROM_DISK),
+    )
+    data_seed: int = _setting(
+        0, "Data", "Decides the splits, which block is on top, and synthetic images.", only=("data", *data_sets.SEEDED)
+    )
+    image_size: int = _setting(
+        224,
+        "Data",
+        "Height and width of the images of synthetic and imagefolder.",
+        only=("data", "synthetic", "imagefolder"),
+    )
+    classes: int = _setting(1000, "Data", "The number of classes of synthetic.", only=("data", "synthetic"))
+    train_size: int = _setting(
+        4096, "Data", "Training images of synthetic; validation has an eighth of that.", only=("data", "synthetic")
+    )
 
     objective: str = _setting("density", "Objective", "The penalty, if any.", names=OBJECTIVES)
     weight: float = _setting(0.5, "Objective", "The penalty's weight.")
@@ -73,15 +97,38 @@ class TrainingConfig:
     weight_factor: float = _setting(
         0.1, "Objective", "Step: by what it is multiplied.", only=("weight_schedule", "step")
     )
+    label_smoothing: float = _setting(0.0, "Objective", "Of the cross-entropy's targets; no penalty changes by it.")
     fast: bool = _setting(True, "Objective", "The fused operations, or plain PyTorch.")
 
-    model: str = _setting("mlp", "Optimisation", "The classifier.", names=models.NAMES)
+    model: str = _setting(
+        "mlp",
+        "Optimisation",
+        "The classifier. The ResNets have a 3x3 stem below 64 pixels, and the usual one of 7x7 from there on.",
+        names=models.NAMES,
+    )
+    fuse: bool = _setting(
+        False, "Optimisation", "Batch norm, addition and ReLU as single operations; its checkpoints fit both ways."
+    )
     epochs: int = _setting(12, "Optimisation", "Passes over the training data.")
-    batch_size: int = _setting(100, "Optimisation", "Samples a step.")
+    batch_size: int = _setting(100, "Optimisation", "Samples of a step of the optimiser.")
+    accumulate: int = _setting(
+        1,
+        "Optimisation",
+        "Micro-batches of a step, batch-size / accumulate samples each: less memory, the same gradient, except that "
+        "batch norm takes its statistics from each one.",
+    )
     optimizer: str = _setting("adam", "Optimisation", "The optimiser.", names=OPTIMIZERS)
     lr: float = _setting(1e-3, "Optimisation", "The learning rate.")
+    lr_scaling: str = _setting(
+        "none",
+        "Optimisation",
+        "linear: lr is for 256 samples a step, and multiplied by batch-size / 256.",
+        names=LR_SCALINGS,
+    )
     momentum: float = _setting(0.9, "Optimisation", "Of sgd.", only=("optimizer", "sgd"))
+    nesterov: bool = _setting(False, "Optimisation", "Nesterov's momentum, of sgd.", only=("optimizer", "sgd"))
     weight_decay: float = _setting(0.0, "Optimisation", "The optimiser's.")
+    decay_norms: bool = _setting(True, "Optimisation", "Weight decay for norms and biases too.")
     lr_schedule: str = _setting("constant", "Optimisation", "The learning rate over time.", names=LR_SCHEDULES)
     lr_warmup_epochs: float = _setting(0.0, "Optimisation", "The epochs in which it rises from 0.")
     lr_milestones: tuple[int, ...] = _setting(
@@ -92,7 +139,14 @@ class TrainingConfig:
 
     device: str = _setting("auto", "Running", "Where to compute.", names=DEVICES)
     amp: str = _setting("none", "Running", "Mixed precision.", names=AMP)
+    channels_last: bool = _setting(False, "Running", "Weights and images in the memory format channels last.")
     threads: int | None = _setting(None, "Running", "Threads of the CPU.")
+    workers: int | None = _setting(
+        None,
+        "Running",
+        "Processes that decode the images of imagefolder; 0: this one (default: one for each core).",
+        only=("data", "imagefolder"),
+    )
     log_interval: int = _setting(50, "Running", "Steps between rows of metrics; on a GPU each costs a wait.")
     checkpoint_interval: int | None = _setting(None, "Running", "Steps between checkpoints, besides each epoch's end.")
 
@@ -101,6 +155,41 @@ class TrainingConfig:
             object.__setattr__(self, setting, tuple(getattr(self, setting)))
         self._check_names()
         self._check_numbers()
+        self._check_together()
+
+    @property
+    def micro_batch_size(self) -> int:
+        """The samples of one forward and backward."""
+        return self.batch_size // self.accumulate
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images."""
+        return data_sets.image_shape(self.data, self.image_size)
+
+    def load_data(self) -> data_sets.Splits:
+        """The data that are named here; raises as ``data.load`` does."""
+        return data_sets.load(
+            self.data,
+            self.data_root,
+            self.data_seed,
+            image_size=self.image_size,
+            classes=self.classes,
+            train_size=self.train_size,
+            workers=self.workers,
+        )
+
+    def _check_together(self) -> None:
+        """What some values ask of others."""
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size is {self.batch_size} and accumulate is {self.accumulate}, which does not divide it; a "
+                "step takes batch_size samples in accumulate micro-batches of one size"
+            )
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov is given and momentum is 0; it needs a momentum above 0")
+        if self.data == "imagefolder" and self.data_root is None:
+            raise ValueError("data is 'imagefolder' and data_root is missing; give the folder of train and val")
         for value in ("lr", "weight"):
             if getattr(self, f"{value}_schedule") == "step" and not getattr(self, f"{value}_milestones"):
                 raise ValueError(
@@ -118,10 +207,11 @@ class TrainingConfig:
                 check_name(name, getattr(self, name), field.metadata["names"])
 
     def _check_numbers(self) -> None:
-        for setting in ("epochs", "batch_size", "log_interval", "threads", "checkpoint_interval"):
+        for setting in _COUNTS:
+            least = 0 if setting == "workers" else 1
             value = getattr(self, setting)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{setting} is {value!r}; it must be a whole number, 1 or more")
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{setting} is {value!r}; it must be a whole number, {least} or more")
         for setting in ("seed", "data_seed"):
             value = getattr(self, setting)
             if not isinstance(value, int) or not 0 <= value < 2**63:
@@ -136,6 +226,8 @@ class TrainingConfig:
                 raise ValueError(f"{setting} is {value!r}; it must be 0 or more and finite")
         if not self.p >= 1:
             raise ValueError(f"p is {self.p!r}; it must be from 1 to infinity")
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing is {self.label_smoothing!r}; it must be from 0 to 1")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is {self.momentum!r}; it must be at least 0 and below 1")
         for setting in ("lr_milestones", "weight_milestones"):
@@ -168,12 +260,12 @@ class TrainingConfig:
     def without_effect(self, name: str) -> str | None:
         """The reason why a setting has no effect beside the others; None if it has one."""
         field = FIELDS[name]
-        of_penalty = field.metadata["group"] == "Objective" and name not in ("objective", "fast")
+        of_penalty = field.metadata["group"] == "Objective" and name not in ("objective", "label_smoothing", "fast")
         if of_penalty and self.objective == "cross-entropy":
             return "the objective is cross-entropy, which has no penalty"
         only = field.metadata["only"]
-        if only is not None and getattr(self, only[0]) != only[1]:
-            return f"it belongs to {only[0]} {only[1]}, and {only[0]} is {getattr(self, only[0])}"
+        if only is not None and getattr(self, only[0]) not in only[1:]:
+            return f"it belongs to {only[0]} {' or '.join(only[1:])}, and {only[0]} is {getattr(self, only[0])}"
         return None
 
 

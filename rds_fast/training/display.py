@@ -10,19 +10,21 @@ from .extras import require
 
 
 def describe(row: dict[str, Any]) -> str:
-    """The losses and rates of one row of metrics, in words."""
+    """The losses, rates and memory of one row of metrics, in words."""
     text = f"loss {row['total']:.4f} (cross-entropy {row['cross_entropy']:.4f}, penalty {row['penalty']:.4f})"
     if "validation_accuracy" in row:
         text += f", validation accuracy {100 * row['validation_accuracy']:.1f}%"
-    return f"{text}, {row['images_per_second']:,.0f} images/s"
+    text += f", {row['images_per_second']:,.0f} images/s, data wait {100 * row['data_wait']:.0f}%"
+    return text if row["peak_memory_bytes"] is None else f"{text}, peak memory {row['peak_memory_bytes'] / 1e9:.2f} GB"
 
 
 def describe_shortly(row: dict[str, Any]) -> str:
-    """The same in as few characters as fit beside a bar in a terminal of 80 columns."""
-    text = f"loss {row['total']:.3f} ce {row['cross_entropy']:.3f} pen {row['penalty']:.3f}"
+    """The same, with the loss's parts for the loss, in as few characters as fit beside a bar in 80 columns."""
+    text = f"ce {row['cross_entropy']:.3f} pen {row['penalty']:.3f}"
     if "validation_accuracy" in row:
         text += f" val {100 * row['validation_accuracy']:.1f}%"
-    return f"{text} {row['images_per_second']:,.0f} img/s"
+    text += f" {row['images_per_second']:,.0f} img/s wait {100 * row['data_wait']:.0f}%"
+    return text if row["peak_memory_bytes"] is None else f"{text} {row['peak_memory_bytes'] / 1e9:.1f}GB"
 
 
 class Display:
@@ -39,7 +41,7 @@ class Display:
             progress = require("rich.progress", "a progress bar")
             self._bar = progress.Progress(
                 progress.TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
-                progress.BarColumn(bar_width=8),
+                progress.BarColumn(bar_width=4),
                 progress.TimeRemainingColumn(),
                 progress.TextColumn("{task.fields[losses]}"),
             )

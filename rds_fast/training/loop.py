@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import time
@@ -16,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoints, data, runs
+from .accuracy import evaluate_accuracy
 from .config import TrainingConfig
+from .devices import cpu_threads, peak_memory_bytes, reset_peak_memory, resolve_device
 from .display import Display
 from .extras import require
 from .interruption import Interruption
 from .objectives import Objective
 from .optimization import learning_rate_schedule
+from .order import Order
 from .state import LOSSES, TrainingState
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,7 +86,7 @@ def train(
         resume: go on from the last checkpoint of the run in the folder (from the beginning, if it has none).
         overwrite: replace the run in the folder.
         quiet: show no progress.
-        splits: the data, where they are loaded already; default: ``data.load`` of what ``config`` names.
+        splits: the data, where they are loaded already; default: ``config.load_data()``.
 
     Raises:
         FileExistsError: the folder holds a run, and neither ``resume`` nor ``overwrite`` is given; or other files.
@@ -102,48 +104,14 @@ def train(
         runs.check_same(run_dir, config)
     else:
         runs.check_free(run_dir, overwrite)
-    splits = splits or data.load(config.data, config.data_root, config.data_seed)
+    splits = splits or config.load_data()
+    if resume:
+        runs.check_same_data(run_dir, splits.train)
     with cpu_threads(config.threads), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         run = _Run(config, run_dir, device, splits, quiet)
         if not resume:
-            runs.create(run_dir, config)  # only now: what cannot begin leaves no folder behind
+            runs.create(run_dir, config, splits.train)  # only now: what cannot begin leaves no folder behind
         return run.run()
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that "auto", "cpu" or "cuda" means here.
-
-    Raises:
-        ValueError: it is "cuda", and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda' and no CUDA device is present; use 'cpu' or 'auto'")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
-
-
-@contextlib.contextmanager
-def cpu_threads(number: int | None) -> Iterator[None]:
-    """Torch computes with this many threads inside the block; None leaves the number as it is."""
-    before = torch.get_num_threads()
-    if number is not None:
-        torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@torch.no_grad()
-def evaluate_accuracy(model: nn.Module, images: data.Images, batch_size: int = 1000) -> tuple[float, float]:
-    """Accuracy in [0, 1] and mean cross-entropy of a model, in the mode it is in, on data of its device."""
-    correct, loss = 0, 0.0
-    for x, y in zip(images.images.split(batch_size), images.labels.split(batch_size), strict=True):
-        logits = model(x)
-        correct += int((logits.argmax(1) == y).sum())
-        loss += float(nn.functional.cross_entropy(logits, y, reduction="sum"))
-    return correct / len(images), loss / len(images)
 
 
 class _Run:
@@ -155,14 +123,16 @@ class _Run:
         require("safetensors.torch", "a checkpoint")  # now, not when the first one is due
         self.config, self.run_dir, self.device = config, run_dir, device
         self.training, self.validation = splits.train.to(device), splits.validation.to(device)
-        self.steps_per_epoch = math.ceil(len(self.training) / config.batch_size)
+        self.order = Order(len(self.training), config.batch_size, config.seed, self.training.index_device)
+        self.steps_per_epoch = self.order.steps_per_epoch
         self.objective = Objective(config, self.steps_per_epoch)
         self.learning_rate = learning_rate_schedule(config, self.steps_per_epoch)
-        self.state = TrainingState(config, device)
+        self.state = TrainingState(config, device, self.training.classes)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.display = Display(config.epochs, self.total_steps, quiet)
         self.uncollected: list[Tensor] = []  # the losses of the last steps, so that not every step waits for the GPU
-        self.order = functools.lru_cache(maxsize=2)(self._order)
+        self.waited = 0.0  # for data since the last row, in seconds
+        reset_peak_memory(device)
 
     def run(self) -> TrainingResult:
         """From the checkpoint, if there is one, to the end."""
@@ -173,9 +143,10 @@ class _Run:
         self.last_row = (state.step, state.seconds)
         display.begin(state.step)
         with Interruption() as interruption, display:
+            batches = self.training.batches(self.order.batches(state.step, self.total_steps))
             while state.step < self.total_steps:
                 with self._stopwatch():
-                    self._train_step()
+                    self._train_step(*self._next(batches))
                     log_is_due = self._due(config.log_interval)
                     checkpoint_is_due = self._due(config.checkpoint_interval) or interruption.requested
                     if log_is_due or checkpoint_is_due:
@@ -189,6 +160,13 @@ class _Run:
                     raise TrainingInterrupted(self.run_dir, state.step)
         return self._finish()
 
+    def _next(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The next batch. The time until it is here is counted."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - start
+        return batch
+
     @contextlib.contextmanager
     def _stopwatch(self) -> Iterator[None]:
         """Counts the time of the steps alone, not that of validation and checkpoints."""
@@ -201,32 +179,50 @@ class _Run:
         step_of_epoch = self.state.step % self.steps_per_epoch
         return step_of_epoch == 0 or (interval is not None and step_of_epoch % interval == 0)
 
-    def _order(self, epoch: int) -> Tensor:
-        return data.epoch_order(self.config.seed, epoch, len(self.training)).to(self.device)
+    def _inputs(self, images: Tensor) -> Tensor:
+        """What the model takes, of images as the data give them."""
+        x = data.in_unit_interval(images)
+        return x.contiguous(memory_format=torch.channels_last) if self.config.channels_last else x
 
-    def _batch(self, step: int) -> Tensor:
-        """The indices of the samples of a step that is counted from 0."""
-        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-        first = step_of_epoch * self.config.batch_size
-        return self.order(epoch)[first : first + self.config.batch_size]
+    def _autocast(self) -> torch.autocast:
+        amp = self.config.amp
+        return torch.autocast(self.device.type, dtype=_AUTOCAST.get(amp), enabled=amp != "none")
 
-    def _train_step(self) -> None:
-        state, config = self.state, self.config
-        indices = self._batch(state.step)
-        x, y = self.training.images[indices], self.training.labels[indices]
+    def _train_step(self, images: Tensor, y: Tensor) -> None:
+        """One step of the optimiser, from the gradients of the micro-batches."""
+        state, size = self.state, self.config.micro_batch_size
         for group in state.optimizer.param_groups:
             group["lr"] = self.learning_rate(state.step)
         state.model.train()
         state.optimizer.zero_grad()
-        with torch.autocast(self.device.type, dtype=_AUTOCAST.get(config.amp), enabled=config.amp != "none"):
-            terms = self.objective(state.model, x, y, state.step)
-        state.scaler.scale(terms.total).backward()
+        losses = [
+            self._backward(self._inputs(part), labels, len(labels) / len(y))
+            for part, labels in zip(images.split(size), y.split(size), strict=True)
+        ]
         state.scaler.step(state.optimizer)
         state.scaler.update()
+        self.uncollected.append(torch.stack(losses).sum(0))
+        state.step += 1
+
+    def _backward(self, x: Tensor, y: Tensor, share: float) -> Tensor:
+        """Add a micro-batch's share of the batch's gradient; the result are the sums of its losses, as ``LOSSES``.
+
+        The loss is a mean over samples, so the batch's is the sum of the micro-batches', each weighted by its share
+        of the samples: the last micro-batch of an epoch may be smaller.
+        """
+        with self._autocast():
+            terms = self.objective(self.state.model, x, y, self.state.step)
+        self.state.scaler.scale(terms.total * share).backward()
         accuracy = (terms.logits.detach().argmax(1) == y).float().mean()
         losses = [terms.total.detach(), terms.cross_entropy.detach(), terms.penalty.detach(), accuracy]
-        self.uncollected.append(torch.stack([loss.float() for loss in losses]) * len(y))
-        state.step += 1
+        return torch.stack([loss.float() for loss in losses]) * len(y)
+
+    def _validate(self) -> tuple[float, float]:
+        """Accuracy and cross-entropy on the validation split, in the precision of training."""
+        with self._autocast():
+            return evaluate_accuracy(
+                self.state.model.eval(), self.validation, self.config.micro_batch_size, self._inputs
+            )
 
     def _collect_losses(self) -> None:
         """Bring the losses of the last steps to the host and add them up, in an order that no interval changes."""
@@ -237,27 +233,28 @@ class _Run:
         self.uncollected = []
         for step, losses in enumerate(collected.tolist(), first_step):
             if not all(map(math.isfinite, losses)):
-                shown = dict(zip(LOSSES, (loss / len(self._batch(step)) for loss in losses), strict=True))
+                shown = dict(zip(LOSSES, (loss / len(self.order.batch(step).indices) for loss in losses), strict=True))
                 raise self._non_finite(step, f"the loss is not finite ({shown})")
             self.state.sums = [total + loss for total, loss in zip(self.state.sums, losses, strict=True)]
 
     def _write_metrics(self) -> dict[str, Any]:
         """Append a row: the means over this epoch so far and, at its end, the accuracy on the validation split."""
-        state, samples = self.state, len(self.training)
+        state = self.state
         epoch, step_of_epoch = divmod(state.step - 1, self.steps_per_epoch)
-        done = min((step_of_epoch + 1) * self.config.batch_size, samples)
+        ends_epoch = step_of_epoch + 1 == self.steps_per_epoch
+        done = self.order.samples_before(state.step) - epoch * len(self.training)
         row: dict[str, Any] = {
-            "kind": "epoch" if done == samples else "interval",
+            "kind": "epoch" if ends_epoch else "interval",
             "step": state.step,
             "epoch": epoch + 1,
             **{name: total / done for name, total in zip(LOSSES, state.sums, strict=True)},
             "lr": self.learning_rate(state.step - 1),
             "weight": self.objective.weight(state.step - 1),
-            "images_per_second": self._images_per_second(),
+            **self._measurements(),
             "seconds": state.seconds,
         }
-        if done == samples:
-            accuracy, loss = evaluate_accuracy(state.model.eval(), self.validation)
+        if ends_epoch:
+            accuracy, loss = self._validate()
             if not math.isfinite(loss):
                 raise self._non_finite(state.step - 1, f"the loss on the validation split is {loss}")
             row |= {"validation_accuracy": accuracy, "validation_cross_entropy": loss}
@@ -265,11 +262,17 @@ class _Run:
         runs.append_metrics(self.run_dir, row)
         return row
 
-    def _images_per_second(self) -> float:
-        """Since the last row."""
+    def _measurements(self) -> dict[str, Any]:
+        """Rates since the last row, and the most memory so far. Waits for nothing: the losses were just collected."""
         (step, seconds), self.last_row = self.last_row, (self.state.step, self.state.seconds)
-        images = sum(len(self._batch(done)) for done in range(step, self.state.step))
-        return images / (self.state.seconds - seconds)
+        waited, self.waited = self.waited, 0.0
+        images = self.order.samples_before(self.state.step) - self.order.samples_before(step)
+        elapsed = self.state.seconds - seconds
+        return {
+            "images_per_second": images / elapsed,
+            "data_wait": waited / elapsed,
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+        }
 
     def _save_checkpoint(self) -> None:
         if not self.state.is_finite():
@@ -278,8 +281,8 @@ class _Run:
 
     def _non_finite(self, step: int, what: str) -> NonFiniteError:
         """The error for what went wrong in a step counted from 0; its samples, and those before, go to a file."""
-        batches = {"step": step + 1, "what": what, "indices": self._batch(step).tolist()}
-        batches["previous_indices"] = self._batch(step - 1).tolist() if step else []
+        batches = {"step": step + 1, "what": what, "indices": self.order.batch(step).indices.tolist()}
+        batches["previous_indices"] = self.order.batch(step - 1).indices.tolist() if step else []
         path = self.run_dir / runs.NON_FINITE
         checkpoints.write_atomically(path, json.dumps(batches).encode())
         checkpoint = self.run_dir / runs.CHECKPOINT
@@ -296,7 +299,7 @@ class _Run:
         if metrics and metrics[-1]["step"] == self.state.step:  # the last epoch's, which has it
             accuracy = metrics[-1]["validation_accuracy"]
         else:  # someone removed the rows of a finished run that was resumed
-            accuracy, _ = evaluate_accuracy(self.state.model, self.validation)
+            accuracy, _ = self._validate()
         return TrainingResult(
             model=self.state.model,
             config=self.config,

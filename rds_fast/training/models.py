@@ -1,22 +1,22 @@
-"""Classifiers for small images. Each maps (N, channels, height, width) in [0, 1] to logits (N, classes)."""
+"""Classifiers. Each maps (N, channels, height, width) in [0, 1] to logits (N, classes)."""
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import cast
 
-import torch
 from torch import nn
 
-from .extras import missing, require
+from .extras import require_torchvision
 from .names import check_name
 
 Shape = tuple[int, int, int]
+
+# From this height and width on a ResNet has torchvision's own stem, 7×7 with stride 2 and max pooling. It shrinks
+# images fourfold, which leaves nothing of 28 or 32 pixels: those get a 3×3 stem with stride 1 and no pooling.
+LARGE = 64
 
 
 def mlp(image_shape: Shape, classes: int) -> nn.Module:
@@ -43,46 +43,22 @@ def cnn(image_shape: Shape, classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * height * width, 128), nn.ReLU(), nn.Linear(128, classes))
 
 
-# Kept for the life of the process: torch withdraws a library's schemas when the object goes.
-_torchvision_schemas: torch.library.Library | None = None
-
-
 def _torchvision_models() -> ModuleType:
-    """torchvision.models, also where torchvision was built for another variant of torch.
-
-    Importing torchvision attaches shape rules to its operations nms and qnms. Where its C++ library cannot be loaded,
-    as on a CPU torch beside a CUDA torchvision, these do not exist and the import fails, though no classifier uses
-    them. So their schemas, without an implementation, are declared first.
-    """
-    global _torchvision_schemas
-    if "torchvision" not in sys.modules:
-        spec = importlib.util.find_spec("torchvision")
-        if spec is None or not spec.submodule_search_locations:
-            raise missing("torchvision", "a ResNet or VGG")
-        if not _operations_load(Path(spec.submodule_search_locations[0])) and _torchvision_schemas is None:
-            _torchvision_schemas = torch.library.Library("torchvision", "FRAGMENT")
-            for name in ("nms", "qnms"):
-                _torchvision_schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return require("torchvision.models", "a ResNet or VGG")
-
-
-def _operations_load(package: Path) -> bool:
-    """Whether torchvision's own operations exist once its C++ library, if it has one, is loaded."""
-    for library in [*package.glob("_C*.so"), *package.glob("_C*.pyd")]:
-        try:
-            torch.ops.load_library(str(library))
-        except OSError:
-            continue
-    return hasattr(torch.ops.torchvision, "nms")
+    return require_torchvision("torchvision.models", "a ResNet or VGG")
 
 
 def _resnet(name: str) -> Callable[[Shape, int], nn.Module]:
     def build(image_shape: Shape, classes: int) -> nn.Module:
         model = getattr(_torchvision_models(), name)(num_classes=classes)
-        # The stem for large images shrinks them fourfold, which leaves nothing of 28 pixels.
-        model.conv1 = nn.Conv2d(image_shape[0], 64, 3, stride=1, padding=1, bias=False)
+        channels, height, width = image_shape
+        large = min(height, width) >= LARGE
+        if large and channels == 3:
+            return cast(nn.Module, model)
+        kernel, stride = (7, 2) if large else (3, 1)
+        model.conv1 = nn.Conv2d(channels, 64, kernel, stride=stride, padding=kernel // 2, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-        model.maxpool = nn.Identity()
+        if not large:
+            model.maxpool = nn.Identity()
         return model
 
     return build
@@ -119,8 +95,8 @@ def build(name: str, image_shape: Shape, classes: int) -> nn.Module:
     """A freshly initialised classifier; torch's global random generator decides its weights.
 
     Args:
-        name: one of ``NAMES``. The ResNets and VGG are torchvision's with a 3×3 stem of stride 1 and no max pooling
-            after it.
+        name: one of ``NAMES``. The ResNets are torchvision's; where the height or width is below 64 they have a 3×3
+            stem of stride 1 and no max pooling after it.
         image_shape: (channels, height, width).
         classes: the number of logits.
 

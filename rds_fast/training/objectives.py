@@ -14,11 +14,13 @@ from ..penalties.schedules import Constant, Cosine, LinearWarmup, Schedule, Step
 from .config import TrainingConfig
 
 
-def cross_entropy(model: nn.Module, x: Tensor, y: Tensor, *, fast: bool = True) -> LossTerms:
+def cross_entropy(
+    model: nn.Module, x: Tensor, y: Tensor, *, label_smoothing: float = 0.0, fast: bool = True
+) -> LossTerms:
     """The mean cross-entropy, and a penalty of 0."""
     logits = model(x)
     with implementation(fast):
-        loss = cross_entropy_with_logsumexp(logits, y)[0].mean()
+        loss = cross_entropy_with_logsumexp(logits, y, label_smoothing=label_smoothing)[0].mean()
     return LossTerms(loss, loss, torch.zeros_like(loss), logits)
 
 
@@ -30,16 +32,18 @@ class Objective:
     """
 
     def __init__(self, config: TrainingConfig, steps_per_epoch: int) -> None:
-        self._fast = config.fast
+        self._fast, self._label_smoothing = config.fast, config.label_smoothing
         self._loss: PenalizedLoss | None = None
         self.weight: Schedule = Constant(0.0)
         if config.objective != "cross-entropy":
             self.weight = _weight_schedule(config, steps_per_epoch)
-            self._loss = PenalizedLoss(_penalty(config), self.weight, fast=config.fast)
+            self._loss = PenalizedLoss(
+                _penalty(config), self.weight, label_smoothing=config.label_smoothing, fast=config.fast
+            )
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, step: int) -> LossTerms:
         if self._loss is None:
-            return cross_entropy(model, x, y, fast=self._fast)
+            return cross_entropy(model, x, y, label_smoothing=self._label_smoothing, fast=self._fast)
         return self._loss(model, x, y, step)
 
 

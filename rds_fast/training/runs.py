@@ -1,6 +1,6 @@
 """The folder of a training run.
 
-config.json                  the settings, the versions, the commit where it is known
+config.json                  the settings, what is known of the data, the versions, the commit where it is known
 metrics.jsonl                one row a logging interval and an epoch
 checkpoint/last.safetensors  everything that --resume needs
 model.safetensors            the trained model, once the run is finished
@@ -70,13 +70,34 @@ def check_free(run_dir: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{run_dir} holds files and no run; give another folder, or an empty one")
 
 
-def create(run_dir: Path, config: TrainingConfig) -> None:
-    """Make the folder of a new run, without what an earlier one left in it, and write its config.json."""
+def create(run_dir: Path, config: TrainingConfig, split: data.Split) -> None:
+    """Make the folder of a new run on a training split, without an earlier run's files, and write its config.json."""
     for name in (CHECKPOINT, MODEL, METRICS, EVALUATION, NON_FINITE, CONFIG):  # these alone: never a whole folder
         (run_dir / name).unlink(missing_ok=True)
     (run_dir / CHECKPOINT).parent.mkdir(parents=True, exist_ok=True)
-    content = {"settings": json.loads(config.to_json()), "versions": versions()}
+    content = {"settings": json.loads(config.to_json()), "data": _description(split), "versions": versions()}
     checkpoints.write_atomically(run_dir / CONFIG, json.dumps(content, indent=2).encode() + b"\n")
+
+
+def _description(split: data.Split) -> dict[str, Any]:
+    """What a run has to know of its training data beyond its settings."""
+    names = None if split.class_names is None else list(split.class_names)
+    return {"samples": len(split), "classes": split.classes, "class_names": names}
+
+
+def _read(run_dir: Path) -> tuple[TrainingConfig, dict[str, Any]]:
+    """The settings of a run, and the description of its data."""
+    path = run_dir / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{run_dir} holds no run: there is no {CONFIG}; 'rds-fast train --out {run_dir}' makes one"
+        )
+    try:
+        content = json.loads(path.read_text())
+        settings, described = content["settings"], dict(content["data"])
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); expected the settings of a run") from error
+    return TrainingConfig.from_settings(settings), described
 
 
 def read_config(run_dir: Path) -> TrainingConfig:
@@ -86,16 +107,7 @@ def read_config(run_dir: Path) -> TrainingConfig:
         FileNotFoundError: the folder holds no run.
         ValueError: its config.json is damaged or of another version.
     """
-    path = run_dir / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{run_dir} holds no run: there is no {CONFIG}; 'rds-fast train --out {run_dir}' makes one"
-        )
-    try:
-        settings = json.loads(path.read_text())["settings"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); expected the settings of a run") from error
-    return TrainingConfig.from_settings(settings)
+    return _read(run_dir)[0]
 
 
 def check_same(run_dir: Path, config: TrainingConfig) -> None:
@@ -108,15 +120,28 @@ def check_same(run_dir: Path, config: TrainingConfig) -> None:
         )
 
 
+def check_same_data(run_dir: Path, split: data.Split) -> None:
+    """Raises ValueError if a run was made with other training data: other classes, or more or fewer samples."""
+    before, now = _read(run_dir)[1], _description(split)
+    for name, value in now.items():
+        if before.get(name) != value:
+            found = f"{name} was {before.get(name)!r} and is now {value!r}"
+            raise ValueError(
+                f"{run_dir} cannot be resumed with other data: {found}. Restore the data, or start a new run"
+            )
+
+
 def load_model(run_dir: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, TrainingConfig]:
     """The trained model of a finished run, in eval mode, and its settings.
+
+    Not fused, whether it was in training or not: ``rds_fast.nn.fuse`` makes it so, and the weights fit both ways.
 
     Raises:
         FileNotFoundError: there is no run in the folder, or it is not finished.
         ValueError: a file of it is damaged, or does not fit the model that config.json names.
     """
     run_dir = Path(run_dir)
-    config = read_config(run_dir)
+    config, described = _read(run_dir)
     path = run_dir / MODEL
     if not path.is_file():
         raise FileNotFoundError(
@@ -124,7 +149,7 @@ def load_model(run_dir: str | Path, device: torch.device | str = "cpu") -> tuple
             f"'rds-fast train --out {run_dir} --resume' goes on"
         )
     with torch.random.fork_rng(devices=[]):  # the initial weights are drawn and then replaced
-        model = models.build(config.model, data.image_shape(config.data), data.CLASSES)
+        model = models.build(config.model, config.image_shape, described["classes"])
     again = f"delete it, and 'rds-fast train --out {run_dir} --resume' writes it again from the run's checkpoint"
     tensors, _ = checkpoints.load(path, again)
     try:

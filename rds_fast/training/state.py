@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoints, data, models
+from ..nn import fuse
+from . import checkpoints, models
 from .config import TrainingConfig
 from .optimization import build_optimizer
 
@@ -27,10 +28,15 @@ class TrainingState:
         sums: of the losses over the samples of this epoch so far, as ``LOSSES``.
     """
 
-    def __init__(self, config: TrainingConfig, device: torch.device) -> None:
+    def __init__(self, config: TrainingConfig, device: torch.device, classes: int) -> None:
         torch.manual_seed(config.seed)
         self.device = device
-        self.model = models.build(config.model, data.image_shape(config.data), data.CLASSES).to(device)
+        self.model = models.build(config.model, config.image_shape, classes)
+        if config.fuse:
+            self.model = fuse(self.model, inplace=True)
+        self.model.to(device)
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stub
         self.optimizer = build_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.step = 0

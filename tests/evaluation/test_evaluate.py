@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from rds_fast.evaluation.evaluate import (
     evaluate_run,
     mean_and_spread,
 )
-from rds_fast.training import Images, Splits, load_model
+from rds_fast.training import Images, Splits, TrainingConfig, load_model, train
 
 FEW_STEPS = EvaluationSettings(steps=5)
 
@@ -59,6 +61,12 @@ def test_without_a_null_block_there_is_no_leakage() -> None:
     figures = evaluate_model(TopBlock(), images, FEW_STEPS)
     assert figures.leakage is None
     assert figures.share is None
+
+
+def test_images_of_bytes_are_measured_in_the_unit_interval() -> None:
+    floats = pixels([1.0, 0.2], [1, 0], [True, False])
+    as_bytes = dataclasses.replace(floats, images=(255 * floats.images).byte())
+    assert evaluate_model(TopBlock(), as_bytes, FEW_STEPS) == evaluate_model(TopBlock(), floats, FEW_STEPS)
 
 
 def test_without_any_gradient_there_is_no_share() -> None:
@@ -138,3 +146,23 @@ def test_mean_and_spread() -> None:
     assert spread.accuracy == pytest.approx(0.2 / math.sqrt(2))
     assert spread.l2_accuracy == 0.0
     assert mean_and_spread([one]) == (one, None)
+
+
+def test_a_folder_of_images_is_evaluated_on_the_splits_that_it_has(tmp_path: Path) -> None:
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("needs torchvision")
+    sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+    import image_files
+
+    root = image_files.write(tmp_path / "images")
+    config = TrainingConfig(
+        data="imagefolder", data_root=str(root), image_size=16, model="cnn", epochs=1, workers=0, device="cpu"
+    )
+    train(config, tmp_path / "run", quiet=True)
+    with pytest.raises(ValueError, match=r"images have no test split; use --split validation, or add one"):
+        evaluate_run(tmp_path / "run", FEW_STEPS, device="cpu")
+    figures = evaluate_run(tmp_path / "run", FEW_STEPS, split="validation", device="cpu")
+    assert figures.samples == 6
+    few = evaluate_run(tmp_path / "run", EvaluationSettings(steps=1, limit=4), split="validation", device="cpu")
+    assert few.samples == 4
+    assert figures.leakage is None

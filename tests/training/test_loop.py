@@ -108,19 +108,25 @@ def test_every_setting_trains_and_resumes(change: dict[str, Any], splits: Splits
 
 
 def interrupt_after(step: int, patch: pytest.MonkeyPatch, number: int = signal.SIGINT) -> None:
-    """Send this process a signal, by default that of Ctrl-C, within a step."""
+    """Send this process a signal, by default that of Ctrl-C, within a step: once, in its first micro-batch."""
     original = loop.Objective.__call__
+    sent: list[int] = []
 
     def call(self: Any, model: nn.Module, x: torch.Tensor, y: torch.Tensor, current: int) -> Any:
-        if current == step - 1:
+        if current == step - 1 and not sent:
+            sent.append(number)
             os.kill(os.getpid(), number)
         return original(self, model, x, y, current)
 
     patch.setattr(loop.Objective, "__call__", call)
 
 
+# What the same computation may take different amounts of.
+MEASURED = ("seconds", "images_per_second", "data_wait", "peak_memory_bytes")
+
+
 def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: row[name] for name in row if name not in ("seconds", "images_per_second")} for row in rows]
+    return [{name: row[name] for name in row if name not in MEASURED} for row in rows]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -172,6 +178,8 @@ def test_metrics(splits: Splits, tmp_path: Path) -> None:
     for row in rows:
         assert row["total"] == pytest.approx(row["cross_entropy"] + row["weight"] * row["penalty"], rel=1e-5)
         assert row["images_per_second"] > 0
+        assert 0 <= row["data_wait"] < 1
+        assert row["peak_memory_bytes"] > 10**7
         assert 0 <= row["accuracy"] <= 1
         assert ("validation_accuracy" in row) == (row["kind"] == "epoch")
     assert rows[-1]["validation_accuracy"] == result.validation_accuracy
@@ -227,7 +235,7 @@ def test_resuming_nothing(tmp_path: Path) -> None:
 
 def test_resuming_a_run_without_a_checkpoint_begins_it(splits: Splits, tmp_path: Path) -> None:
     straight = train(SMALL, tmp_path / "straight", quiet=True, splits=splits)
-    runs.create(tmp_path / "run", SMALL)  # killed before its first checkpoint
+    runs.create(tmp_path / "run", SMALL, splits.train)  # killed before its first checkpoint
     (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "interval", "step": 2, "epo')
     resumed = train(SMALL, tmp_path / "run", resume=True, quiet=True, splits=splits)
     assert same(weights(straight), weights(resumed))
@@ -340,7 +348,8 @@ def test_lines_where_there_is_no_terminal(splits: Splits, tmp_path: Path, capsys
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
     for line in lines:
-        assert re.search(r"loss [\d.]+ \(cross-entropy [\d.]+, penalty [\d.]+\), .* [\d,]+ images/s$", line)
+        assert re.search(r"loss [\d.]+ \(cross-entropy [\d.]+, penalty [\d.]+\), validation accuracy [\d.]+%, ", line)
+        assert re.search(r", [\d,]+ images/s, data wait \d+%, peak memory [\d.]+ GB$", line)
 
 
 def test_a_bar_in_a_terminal(
@@ -352,7 +361,7 @@ def test_a_bar_in_a_terminal(
     train(SMALL, tmp_path / "run", splits=splits)
     shown = re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)  # without colours and cursor movements
     assert "epoch 2/2" in shown
-    assert re.search(r"0:00:00 loss [\d.]+ ce [\d.]+ pen [\d.]+ val [\d.]+% [\d,]+ img/s\s*$", shown)
+    assert re.search(r"0:00:00 ce [\d.]+ pen [\d.]+ val [\d.]+% [\d,]+ img/s wait \d+% [\d.]+GB\s*$", shown)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")

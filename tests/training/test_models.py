@@ -57,6 +57,15 @@ def test_stem_keeps_small_images_large(name: str) -> None:
     assert model.maxpool(model.relu(model.bn1(stem(torch.rand(2, 3, 32, 32))))).shape == (2, 64, 32, 32)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_large_images_get_the_usual_stem(channels: int) -> None:
+    model = build("resnet18", (channels, 64, 64))
+    stem = model.conv1
+    assert (stem.in_channels, stem.kernel_size, stem.stride) == (channels, (7, 7), (2, 2))
+    assert model.maxpool(model.relu(model.bn1(stem(torch.rand(2, channels, 64, 64))))).shape == (2, 64, 16, 16)
+    assert build("resnet18", (channels, 64, 63)).conv1.kernel_size == (3, 3)
+
+
 def test_mlp_is_the_one_of_the_demo() -> None:
     shapes = [tuple(parameter.shape) for parameter in build("mlp", (1, 56, 28)).parameters()]
     assert shapes == [(256, 1568), (256,), (256, 256), (256,), (10, 256), (10,)]
@@ -74,7 +83,7 @@ def test_unknown_name_gets_the_nearest() -> None:
 
 def test_missing_torchvision_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"torchvision is not installed.*pip install 'rds_fast\[train\]'"):
         models.build("resnet18", (1, 28, 28), 10)
 
@@ -83,11 +92,11 @@ def test_torchvision_is_imported_with_its_operations_or_without() -> None:
     """In a process of its own, since an import happens once: the schemas are declared only where they are missing."""
     skip_without_torchvision()
     script = """
-from rds_fast.training import models
+from rds_fast.training import extras, models
 models.build("resnet18", (1, 28, 28), 10)
 import sys, torch
 native = bool(sys.modules["torchvision"].extension._has_ops())
-assert native == (models._torchvision_schemas is None), native
+assert native == (extras._torchvision_schemas is None), native
 assert hasattr(torch.ops.torchvision, "nms")
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

