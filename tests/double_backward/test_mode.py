@@ -121,7 +121,8 @@ class InPlace(Block):
         second = self.features(first)
         second.add_(first)
         second = second.relu_() * 2
-        second += self.convolution(second)
+        second = self.convolution(second)
+        second += first
         third = self.features(F.silu(second * 1.5, inplace=True)) * 1
         third[:, :1] = 0
         third[:, 1].tanh_()
