@@ -12,6 +12,7 @@ from types import CellType, FunctionType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -32,8 +33,8 @@ class fast_double_backward(TorchFunctionMode):
 
     Convolutions of all kinds, batch, layer, group and instance norm, activations and pools run on operations of this
     library; scaled dot product attention in its plain form, since PyTorch's fused ones cannot be differentiated twice.
-    Everything else is left as it is. Activation checkpointing recomputes a forward outside the mode and so cannot be
-    combined with it.
+    Everything else is left as it is, and so is all that runs under activation checkpointing, which is computed again
+    outside the mode.
 
     Example, the R1 penalty (Mescheder, Geiger and Nowozin 2018)::
 
@@ -52,12 +53,24 @@ class fast_double_backward(TorchFunctionMode):
         if any(kind not in (Tensor, torch.nn.Parameter) for kind in types):  # a subclass has its own ways
             return func(*args, **kwargs)
         replacement = replacement_of(func)
-        if replacement is not None and "out" not in kwargs:  # which autograd has no part in
+        if replacement is not None:
+            if "out" in kwargs or _is_checkpointed():  # autograd has no part in what is written to an ``out``
+                return func(*args, **kwargs)
             return replacement(*args, **kwargs)
         if _is_functional(func):
             with self:
                 return _transparent(func)(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _is_checkpointed() -> bool:
+    """Whether what is saved for the backward passes is thrown away, and the forward run again when it is needed.
+
+    That run is outside the mode as a rule, and what it saves must be what this one would have saved: PyTorch compares
+    no more than shapes and dtypes, and of a batch norm without parameters it would take 1/σ for our σ².
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__
 
 
 def _is_functional(function: Any) -> bool:

@@ -270,15 +270,10 @@ def _gradient_again(
     sums: Tensor,
 ) -> Tensor:
     """gx from u, masked already unless the mask is that of a ReLU without residual."""
-    if not torch.is_grad_enabled():
-        return _input_gradient(u, x, weight, bias, mean, var, sums, training, eps, relu, backend)
-    return derivative(BatchNormBackward, u, None, x, None, weight, bias, mean, var, None, training, eps, relu, backend)[
-        0
-    ]
+    return _input_gradient(u, x, weight, bias, mean, var, sums, training, eps, relu, backend)
 
 
 def _output_again(
-    training: bool,
     eps: float,
     relu: bool,
     backend: str,
@@ -289,10 +284,7 @@ def _output_again(
     var: Tensor,
 ) -> Tensor:
     """y, where no residual was added."""
-    if not torch.is_grad_enabled():
-        return _inference(x, mean, var, weight, bias, None, eps, relu, backend)
-    statistics = (None, None) if training else (mean, var)  # the batch's own, which depend on x, are computed again
-    return BatchNorm.apply(x, weight, bias, None, *statistics, training, 0.0, eps, relu, backend)[0]
+    return _inference(x, mean, var, weight, bias, None, eps, relu, backend)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -366,7 +358,7 @@ def batch_norm(
         x, weight, bias, residual, running_mean, running_var, training, momentum, eps, relu, backend
     )
     if y.requires_grad and residual is None:
-        rebuild = functools.partial(_output_again, training, eps, relu, backend)
+        rebuild = functools.partial(_output_again, eps, relu, backend)
         attach(y, rebuild, x_alias, weight, bias, mean, var, like=0)
     if y.requires_grad and residual is not None and relu:
         offer_alias(y, y_alias)

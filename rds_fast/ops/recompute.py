@@ -13,13 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from .function import Function
 
 _ATTRIBUTE = "_rds_fast_recipe"
 
 
 class Recipe(NamedTuple):
-    """``rebuild(*ingredients)`` is the tensor again, part of the graph where gradients are enabled.
+    """``rebuild(*ingredients)``, run without gradients, is the tensor again.
 
     like: the position of an ingredient with the tensor's shape, dtype and strides. version: the tensor's own, when the
     recipe held.
@@ -41,15 +44,55 @@ def _recipe(tensor: Tensor | None) -> Recipe | None:
     return None if recipe is None or recipe.version != tensor._version else recipe  # type: ignore[union-attr]
 
 
+class Place(Function):
+    """A tensor's place in the graph: of its shape and with its derivative, and without values or memory."""
+
+    @staticmethod
+    def forward(tensor: Tensor) -> Tensor:
+        return tensor.new_empty(()).expand(tensor.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Any:
+        return g
+
+
+class PutInPlace(Function):
+    """``values``, whose derivative is that of the place."""
+
+    @staticmethod
+    def forward(place: Tensor, values: Tensor) -> Tensor:
+        return values.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Any:
+        return g, None
+
+
 def save(ctx: Any, *tensors: Tensor | None) -> None:
-    """``ctx.save_for_backward``, with the ingredients of a tensor that has a recipe in its place."""
+    """``ctx.save_for_backward``, with the ingredients of a tensor that has a recipe in its place.
+
+    The tensor's place in the graph is kept beside them. A graph of the ingredients' own would lead past the tensor, and
+    its gradient, should anybody ask for it, would lack what comes from here.
+    """
     flat: list[Tensor | None] = []
     ctx.recipes = []
     for tensor in tensors:
         recipe = _recipe(tensor)
-        kept = (tensor,) if recipe is None else recipe.ingredients
-        ctx.recipes.append((len(flat), len(kept), None if recipe is None else (recipe.rebuild, recipe.like)))
-        flat.extend(kept)
+        if tensor is None or recipe is None:
+            ctx.recipes.append((len(flat), 1, None))
+            flat.append(tensor)
+            continue
+        ctx.recipes.append((len(flat), len(recipe.ingredients), (recipe.rebuild, recipe.like)))
+        with torch.enable_grad():  # which a Function's own forward turns off
+            flat += [*recipe.ingredients, Place.apply(tensor) if tensor.requires_grad else None]
     ctx.save_for_backward(*flat)
 
 
@@ -61,11 +104,14 @@ class Saved:
         self._recipes = ctx.recipes
 
     def __getitem__(self, number: int) -> Any:
-        """The tensor, computed again if need be."""
+        """The tensor, computed again if need be, in its place in the graph."""
         start, count, recipe = self._recipes[number]
         if recipe is None:
             return self._flat[start]
-        return recipe[0](*self._flat[start : start + count])
+        with torch.no_grad():
+            values = recipe[0](*self._flat[start : start + count])
+        place = self._flat[start + count]
+        return values if place is None or not torch.is_grad_enabled() else PutInPlace.apply(place, values)
 
     def like(self, number: int) -> Tensor:
         """A tensor with the shape, dtype and strides of the one asked for, outside the graph, and any values."""

@@ -19,6 +19,9 @@ from .function import Function
 
 _library = torch.library.Library("rds_fast", "DEF")
 
+# The vmap of torch.autograd.grad, which is older than torch.func's. Parsed once, since that takes long.
+_VMAP_OF_AUTOGRAD: Any = torch._C._parse_dispatch_key("VmapMode")
+
 
 @functools.cache
 def _kernel(file: str, name: str, backend: str) -> Callable[..., Any]:
@@ -114,8 +117,20 @@ def derivative(function: type[Function], *arguments: Any) -> Any:
 
     A backward runs with gradients enabled only if its own graph is wanted, and ``apply`` costs some 15 µs more than the
     operation alone.
+
+    Raises:
+        RuntimeError: inside ``torch.autograd.grad(..., is_grads_batched=True, create_graph=True)``, whose vmap drops the
+            graph of every autograd Function without a word.
     """
-    return function.apply(*arguments) if torch.is_grad_enabled() else function.forward(*arguments)
+    if not torch.is_grad_enabled():
+        return function.forward(*arguments)
+    if torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_OF_AUTOGRAD):
+        raise RuntimeError(
+            "a backward of rds_fast ran in torch.autograd.grad with is_grads_batched=True and create_graph=True, where "
+            "PyTorch loses the second derivatives of custom functions; call torch.autograd.grad once a cotangent, or "
+            "run the forward under rds_fast.use_backend('reference')"
+        )
+    return function.apply(*arguments)
 
 
 def third_derivative(operation: str) -> RuntimeError:
