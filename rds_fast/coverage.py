@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .double_backward import fast_double_backward, replacement_of
 
@@ -48,7 +49,7 @@ class _Recorder(fast_double_backward):
         name = getattr(func, "__name__", str(func)).strip("_")
         if replacement_of(func) is not None:
             _count(self.running[-1].ours, name)
-        elif getattr(func, "__module__", None) != nn.functional.__name__ and _computes(result):
+        elif getattr(func, "__module__", None) != nn.functional.__name__ and _computes(result, args):
             _count(self.running[-1].plain, name)
         return result
 
@@ -57,8 +58,13 @@ def _count(counts: dict[str, int], name: str) -> None:
     counts[name] = counts.get(name, 0) + 1
 
 
-def _computes(result: Any) -> bool:
-    return isinstance(result, Tensor) and result.grad_fn is not None and not result._is_view()
+def _computes(results: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a differentiable result has memory of its own: a view of an argument is no work."""
+    given = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)}
+    return any(
+        isinstance(result, Tensor) and result.grad_fn is not None and result.untyped_storage()._cdata not in given
+        for result in tree_leaves(results)
+    )
 
 
 def layer_coverage(model: nn.Module, input_shape: tuple[int, ...]) -> list[LayerCoverage]:

@@ -211,8 +211,11 @@ def test_the_table_names_operations_and_their_arguments(name: str) -> None:
         importlib.import_module(module.name)
     schema = getattr(torch.ops.rds_fast, name).default._schema
     arguments = [argument.name for argument in schema.arguments]
-    for given in (None, object()):  # for costs that depend on which tensors are given
-        declared = cost(name, dict.fromkeys(arguments, given))
+    short, long = tensor(300, 4, 5), tensor(2, 20000, 3)
+    for given, flag in ((short, True), (short, False), (long, True), (long, False)):
+        values = {"groups": 1, "training": flag, "affine_gradient": flag, "weight_gradient": flag}
+        values |= {"y": given if flag else None}
+        declared = cost(name, {argument: values.get(argument, given) for argument in arguments})
         assert declared.reads.keys() <= set(arguments)
         assert all(number in range(len(schema.returns)) for number in declared.writes)
         assert declared.launches >= 1

@@ -14,8 +14,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-_ATTRIBUTE = "_rds_fast_alias"
+# Beside the tensors, not on them: an attribute would be saved and copied with the tensor.
+_offers = WeakTensorKeyDictionary()
 
 
 class _Offer(NamedTuple):
@@ -26,31 +28,30 @@ class _Offer(NamedTuple):
 
 def offer_alias(tensor: Tensor, alias: Tensor) -> None:
     """``alias`` has the values of ``tensor`` and requires a gradient of its own."""
-    setattr(tensor, _ATTRIBUTE, _Offer(alias, tensor._version))
+    _offers[tensor] = _Offer(alias, tensor._version)
 
 
 def has_alias(value: object) -> bool:
     """Whether an alias is on offer, permitted or not, on what may be anything."""
-    return isinstance(value, Tensor) and hasattr(value, _ATTRIBUTE)
+    return isinstance(value, Tensor) and value in _offers
 
 
 def permit(tensor: Tensor) -> None:
     """Let the alias be taken, if there is one: no gradient with respect to ``tensor`` will be asked for, nor hooked."""
-    offer = getattr(tensor, _ATTRIBUTE, None)
+    offer = _offers.get(tensor)
     if offer is not None:
-        setattr(tensor, _ATTRIBUTE, offer._replace(permitted=True))
+        _offers[tensor] = offer._replace(permitted=True)
 
 
 def withdraw_alias(value: object) -> None:
     """End the offer, if there is one, on what may be anything."""
-    if has_alias(value):
-        delattr(value, _ATTRIBUTE)
+    if isinstance(value, Tensor):
+        _offers.pop(value, None)
 
 
 def take_alias(tensor: Tensor) -> Tensor:
     """The alias, once, if it is permitted and the tensor has not changed since; else the tensor itself."""
-    offer = getattr(tensor, _ATTRIBUTE, None)
+    offer: _Offer | None = _offers.pop(tensor, None)
     if offer is None:
         return tensor
-    delattr(tensor, _ATTRIBUTE)
     return offer.alias if offer.permitted and offer.version == tensor._version else tensor

@@ -273,20 +273,6 @@ def _gradient_again(
     return _input_gradient(u, x, weight, bias, mean, var, sums, training, eps, relu, backend)
 
 
-def _output_again(
-    eps: float,
-    relu: bool,
-    backend: str,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-) -> Tensor:
-    """y, where no residual was added."""
-    return _inference(x, mean, var, weight, bias, None, eps, relu, backend)
-
-
 def memory_format(x: Tensor) -> torch.memory_format:
     """The format of the kernels that is nearest to x: channels-last if x is dense in it alone, else contiguous."""
     for channels_last in (torch.channels_last, torch.channels_last_3d):
@@ -354,12 +340,9 @@ def batch_norm(
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     if residual is not None:
         residual = laid_out_like(take_alias(residual), x)
-    y, y_alias, x_alias, mean, var = BatchNorm.apply(
+    y, y_alias, *_ = BatchNorm.apply(
         x, weight, bias, residual, running_mean, running_var, training, momentum, eps, relu, backend
     )
-    if y.requires_grad and residual is None:
-        rebuild = functools.partial(_output_again, eps, relu, backend)
-        attach(y, rebuild, x_alias, weight, bias, mean, var, like=0)
     if y.requires_grad and residual is not None and relu:
         offer_alias(y, y_alias)
     return y

@@ -55,16 +55,14 @@ class Convolution(Function):
         x, weight, bias, ctx.geometry = inputs
         ctx.has_bias = bias is not None
         ctx.set_materialize_grads(False)
-        save(ctx, x, weight)
+        ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Any:
         if g is None:
             return None, None, None, None
         wanted = is_wanted(ctx, 0), is_wanted(ctx, 1), ctx.has_bias and is_wanted(ctx, 2)
-        saved = Saved(ctx)
-        x = saved[0] if wanted[1] else saved.like(0)
-        gradients = derivative(ConvolutionBackward, g, x, saved[1], ctx.geometry, wanted)
+        gradients = derivative(ConvolutionBackward, g, *ctx.saved_tensors, ctx.geometry, wanted)
         return *gradients, None
 
 

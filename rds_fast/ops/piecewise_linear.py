@@ -44,7 +44,7 @@ def can_overwrite(input: Tensor) -> bool:
 
 
 class PiecewiseLinear(Function):
-    """y = f(x). The pieces are told apart by y where that is possible: a following layer keeps y, and nothing x."""
+    """y = f(x). The pieces are told apart by what PyTorch's own function keeps: x or, in place and for ReLU, y."""
 
     # The older form without setup_context: PyTorch's own functions run inside torch.func, and a copy of x is neither an
     # input nor an output.
@@ -122,9 +122,10 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     function = _aten.leaky_relu_.default if inplace else _aten.leaky_relu.default
 
     def slope(g: Tensor, kept: Tensor) -> Tensor:
-        return _aten.leaky_relu_backward.default(g, kept, negative_slope, signs_stay)
+        return _aten.leaky_relu_backward.default(g, kept, negative_slope, inplace)
 
-    return PiecewiseLinear.apply(input, lambda x: function(x, negative_slope), slope, inplace, not signs_stay)
+    keeps_input = not inplace  # as PyTorch, so that what follows may overwrite the result
+    return PiecewiseLinear.apply(input, lambda x: function(x, negative_slope), slope, inplace, keeps_input)
 
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
@@ -134,10 +135,10 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
     min_val, max_val = float(min_val), float(max_val)
     function = _aten.hardtanh_.default if inplace else _aten.hardtanh.default
 
-    def slope(g: Tensor, y: Tensor) -> Tensor:
-        return _aten.hardtanh_backward.default(g, y, min_val, max_val)
+    def slope(g: Tensor, kept: Tensor) -> Tensor:
+        return _aten.hardtanh_backward.default(g, kept, min_val, max_val)
 
-    return PiecewiseLinear.apply(input, lambda x: function(x, min_val, max_val), slope, inplace, False)
+    return PiecewiseLinear.apply(input, lambda x: function(x, min_val, max_val), slope, inplace, not inplace)
 
 
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:

@@ -1,11 +1,12 @@
 """Tensors that are computed again, by an element-wise pass, rather than kept for the backward passes.
 
-Batch norm's output and its input's gradient are such tensors: what they are computed from is kept anyway, for batch
-norm's own derivatives, while the convolution on either side would keep them once more. So batch norm attaches a recipe
-to them, and a convolution that would keep one keeps the ingredients.
+The gradient of batch norm's input is such a tensor: what it is computed from is kept anyway, for batch norm's own
+double backward, while the convolution before it would keep it as well, for the gradient of its weight. So batch norm
+leaves a recipe for it, and the convolution keeps the ingredients.
 
-A recipe is worth nothing once its tensor was changed in place (the version tells) or took another way through
-autograd (a sum, a cast: a new tensor without a recipe); the tensor itself is then kept, as ever.
+A recipe is worth nothing once its tensor was changed in place (the version tells), was given other memory, or took
+another way through autograd (a sum, a cast: a new tensor without a recipe); the tensor itself is then kept, as ever.
+What autograd cannot see (a write through ``.data`` in a hook) is not seen here either.
 """
 
 from __future__ import annotations
@@ -15,33 +16,38 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .function import Function
 
-_ATTRIBUTE = "_rds_fast_recipe"
+# Beside the tensors, not on them: an attribute would be saved and copied with the tensor.
+_recipes = WeakTensorKeyDictionary()
 
 
 class Recipe(NamedTuple):
     """``rebuild(*ingredients)``, run without gradients, is the tensor again.
 
-    like: the position of an ingredient with the tensor's shape, dtype and strides. version: the tensor's own, when the
-    recipe held.
+    like: the position of an ingredient with the tensor's shape, dtype and strides. version, address: the tensor's own,
+    when the recipe held.
     """
 
     rebuild: Callable[..., Tensor]
     ingredients: tuple[Tensor | None, ...]
     like: int
     version: int
+    address: int
 
 
 def attach(tensor: Tensor, rebuild: Callable[..., Tensor], *ingredients: Tensor | None, like: int) -> None:
     """Say how ``tensor`` can be computed again."""
-    setattr(tensor, _ATTRIBUTE, Recipe(rebuild, ingredients, like, tensor._version))
+    _recipes[tensor] = Recipe(rebuild, ingredients, like, tensor._version, tensor.data_ptr())
 
 
 def _recipe(tensor: Tensor | None) -> Recipe | None:
-    recipe = getattr(tensor, _ATTRIBUTE, None)
-    return None if recipe is None or recipe.version != tensor._version else recipe  # type: ignore[union-attr]
+    recipe: Recipe | None = None if tensor is None else _recipes.get(tensor)
+    if recipe is None or tensor is None:
+        return None
+    return recipe if (recipe.version, recipe.address) == (tensor._version, tensor.data_ptr()) else None
 
 
 class Place(Function):
