@@ -119,8 +119,8 @@ def derivative(function: type[Function], *arguments: Any) -> Any:
     operation alone.
 
     Raises:
-        RuntimeError: inside ``torch.autograd.grad(..., is_grads_batched=True, create_graph=True)``, whose vmap drops the
-            graph of every autograd Function without a word.
+        RuntimeError: inside ``torch.autograd.grad(..., is_grads_batched=True, create_graph=True)``, whose vmap drops
+            the graph of every autograd Function without a word.
     """
     if not torch.is_grad_enabled():
         return function.forward(*arguments)
