@@ -77,41 +77,25 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-def randomised(model: nn.Module) -> nn.Module:
-    """In float64, with norms that are not the identity and heads that are not zero."""
-    generator = torch.Generator().manual_seed(3)
+def noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return 0.4 * (torch.rand(like.shape, generator=generator, dtype=like.dtype) - 0.3)
 
-    def noise(like: Tensor) -> Tensor:
-        return 0.4 * (torch.rand(like.shape, generator=generator, dtype=like.dtype) - 0.3)
 
+def randomise_parameters(model: nn.Module, generator: torch.Generator) -> None:
+    """Norms that are not the identity, and no parameters that are zero."""
     for module in model.modules():
         if isinstance(module, _BatchNorm | nn.LayerNorm):
-            module.weight.data += noise(module.weight)
-            module.bias.data += noise(module.bias)
-        if isinstance(module, _BatchNorm):
-            module.running_mean += noise(module.running_mean) * module.running_var.sqrt()
-            module.running_var *= 1 + noise(module.running_var)
+            module.weight.data += noise(module.weight, generator)
+            module.bias.data += noise(module.bias, generator)
         if hasattr(module, "layer_scale"):  # ConvNeXt starts at 1e-6, which hides its blocks
             module.layer_scale.data += 0.5
     for parameter in model.parameters():
         if not parameter.any():
-            parameter.data += noise(parameter)
-    return model.double()
+            parameter.data += noise(parameter, generator)
 
 
-def network(name: str) -> tuple[nn.Module, Tensor, Tensor]:
-    """The network in float64, x (3, 3, size, size) and the labels."""
-    build, size = NETWORKS[name]
-    torch.manual_seed(0)
-    model = build()
-    generator = torch.Generator().manual_seed(5)
-    x = torch.rand(3, 3, size, size, generator=generator, dtype=torch.float64)
-    calibrate(model, x.float())
-    return randomised(model), x, torch.tensor([1, 4, 2])
-
-
-def calibrate(model: nn.Module, x: Tensor) -> None:
-    """Set the running statistics to those of x, without which a deep network's gradient vanishes in eval mode."""
+def randomise_statistics(model: nn.Module, x: Tensor, generator: torch.Generator) -> None:
+    """Running statistics about those of x: with others a deep network's gradient vanishes or explodes in eval mode."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -120,6 +104,20 @@ def calibrate(model: nn.Module, x: Tensor) -> None:
         model.train()(x)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+        norm.running_mean += 0.5 * noise(norm.running_mean, generator) * norm.running_var.sqrt()
+        norm.running_var *= 1 + 0.5 * noise(norm.running_var, generator)
+
+
+def network(name: str, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
+    """The network in float64, x (3, 3, size, size) and the labels."""
+    build, size = NETWORKS[name]
+    torch.manual_seed(seed)
+    model = build()
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(3, 3, size, size, generator=generator)
+    randomise_parameters(model, generator)
+    randomise_statistics(model, x, generator)
+    return model.double(), x.double(), torch.tensor([1, 4, 2])
 
 
 class Step(NamedTuple):
@@ -167,11 +165,11 @@ def step(terms: Terms, model: nn.Module, x: Tensor, y: Tensor, *, autocast: torc
 
 def assert_same_step(ours: Step, truth: Step, tolerance: float = 1e-7) -> None:
     """Every tensor relative to its own largest value: what a batch norm behind it makes vanish is rounding errors, so
-    at least to 1e-6 of the largest of all."""
+    at least to 1e-5 of the largest of all."""
     for kind in ("values", "of_penalty", "of_total"):
         expected = getattr(truth, kind)
-        floor = 1e-6 * max(float(tensor.abs().max()) for tensor in expected)
-        assert floor > 1e-12, f"{kind}: the truth vanishes, and the test with it"
+        floor = 1e-5 * max(float(tensor.abs().max()) for tensor in expected)
+        assert floor > 1e-11, f"{kind}: the truth vanishes, and the test with it"
         for number, (actual, other) in enumerate(zip(getattr(ours, kind), expected, strict=True)):
             scale = max(float(other.abs().max()), floor)
             assert actual.shape == other.shape

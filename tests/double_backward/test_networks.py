@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import Counter
 
 import pytest
 import torch
@@ -66,35 +67,43 @@ def test_without_the_fast_mode_it_is_the_same(training: bool) -> None:
     assert_same_step(step(functools.partial(our_terms, fast=False), model, x, y), expected)
 
 
-def distance(tensors: list[Tensor], truth: list[Tensor]) -> float:
-    """‖tensors − truth‖ / ‖truth‖, over all elements of all of them."""
+def squared_distance(tensors: list[Tensor], truth: list[Tensor]) -> float:
+    """‖tensors − truth‖² / ‖truth‖², over all elements of all of them."""
     squares = [(t.double() - true).square().sum() for t, true in zip(tensors, truth, strict=True)]
-    return float((torch.stack(squares).sum() / torch.stack([t.square().sum() for t in truth]).sum()).sqrt())
+    return float(torch.stack(squares).sum() / torch.stack([t.square().sum() for t in truth]).sum())
 
 
 # Of a whole network an element's rounding error is the sum of thousands, as likely up as down, and two exact formulas
-# have different ones; so the criterion (tests/criteria.py) is applied to the norm of all errors, and allows for a
-# fifth of eager's. Beside that: 1e-5 in float32, and half a unit in the last place (2⁻⁹) of bfloat16.
+# have different ones. So the criterion (tests/criteria.py) is applied to the root mean square of all errors, over
+# several networks where they are small, and allows for a fifth of eager's. Beside that: 1e-5 in float32, and half a
+# unit in the last place (2⁻⁹) of bfloat16.
 ERROR_RATIO = 1.2
 TOLERANCES = {None: 1e-5, torch.bfloat16: 2.0**-9}
+DRAWS = {"resnet18": 2, "vgg11_bn": 4, "vision transformer": 10}
 
 
 @pytest.mark.parametrize("autocast", TOLERANCES, ids=["float32", "bfloat16 under autocast"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "vision transformer"])
+@pytest.mark.parametrize("name", DRAWS)
 def test_rounding_errors_are_no_larger_than_eager_pytorchs(
     name: str, training: bool, autocast: torch.dtype | None
 ) -> None:
-    model, x, y = network(name)
-    model, x = model.train(training).float(), x.float()
-    exact = eager_step(copy.deepcopy(model).double(), x.double(), y)
-    eager = eager_step(model, x, y, autocast=autocast)
-    for ours in (
-        step(our_terms, model, x, y, autocast=autocast),
-        step(our_terms, rds_fast.nn.fuse(model), x, y, autocast=autocast),
-    ):
-        for kind in ("values", "of_penalty", "of_total"):
-            actual, theirs, truth = (getattr(result, kind) for result in (ours, eager, exact))
-            assert [t.dtype for t in actual] == [t.dtype for t in theirs]
-            allowed = ERROR_RATIO * distance(theirs, truth) + TOLERANCES[autocast]
-            assert distance(actual, truth) <= allowed, kind
+    errors: dict[str, dict[str, float]] = {kind: Counter() for kind in ("values", "of_penalty", "of_total")}
+    for seed in range(DRAWS[name]):
+        model, x, y = network(name, seed)
+        model, x = model.train(training).float(), x.float()
+        exact = eager_step(copy.deepcopy(model).double(), x.double(), y)
+        results = {
+            "eager": eager_step(model, x, y, autocast=autocast),
+            "plain": step(our_terms, model, x, y, autocast=autocast),
+            "fused": step(our_terms, rds_fast.nn.fuse(model), x, y, autocast=autocast),
+        }
+        for kind, sums in errors.items():
+            for who, result in results.items():
+                actual = getattr(result, kind)
+                assert [t.dtype for t in actual] == [t.dtype for t in getattr(results["eager"], kind)]
+                sums[who] += squared_distance(actual, getattr(exact, kind)) / DRAWS[name]
+    for kind, sums in errors.items():
+        allowed = ERROR_RATIO * sums["eager"] ** 0.5 + TOLERANCES[autocast]
+        assert sums["plain"] ** 0.5 <= allowed, kind
+        assert sums["fused"] ** 0.5 <= allowed, kind
