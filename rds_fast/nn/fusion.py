@@ -25,9 +25,10 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Every module keeps its place, its parameters and buffers, and its meaning: the state dict is the same, and a layer
     called on its own does what it did. What changes is the forward of the modules that call the batch norms (a residual
     block, a Sequential), which torch.fx traces one at a time. What cannot be traced, or watches its layers by hooks, is
-    left as it is; ``fusion_report`` says why. Two things are fixed when a forward is traced: the branches that it takes
-    by its own attributes, and the number of its submodules. Where either changes later, the original forward runs; call
-    ``fuse`` again to have it fused anew.
+    left as it is; ``fusion_report`` says why. What a forward reads is fixed when it is traced. If the module's own
+    attributes or submodules change later, the original forward runs; call ``fuse`` again to have it fused anew. Not
+    noticed is what lies deeper: the contents of a list, dict or ModuleList, an attribute of a child that the parent's
+    forward reads, a global.
 
     Of two batch norms that are added (a residual block with a projection) one takes the addition in: the one called by
     the block itself before one at the end of a Sequential, else the one computed last.

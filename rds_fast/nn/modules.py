@@ -2,8 +2,8 @@
 
 A fused model has the same module objects at the same paths as the plain one, and each means what it meant: a fused
 batch norm called on its own is a batch norm, and a ReLU stays where it was. What changes is the ``forward`` of the
-modules that call them, which is generated from a trace of the original. Wherever a condition under which it was traced
-does not hold, the original ``forward`` runs: it is still there, and it is always right.
+modules that call them, which is generated from a trace of the original. Wherever a module sees that a condition under
+which it was traced does not hold, the original ``forward`` runs: it is still there, and it is always right.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The forward of one module as a graph, in which every module that it calls is one node.
 
 Only what the forward itself does is recorded, so that the modules that it calls keep their own say: their training
-flags, their branches on data, their hooks. A trace is taken for a fixed training flag and a fixed type of arguments;
-whatever else could make it wrong without an error makes it fail instead:
+flags, their branches on data, their hooks. A trace is taken for a fixed training flag and a fixed type of arguments.
+What would make it wrong at once makes it fail instead; what may make it wrong later, ``modules`` and ``fuse`` tell:
 
 - the type of an intermediate value is asked for, an attribute is set, a random number is drawn;
 - gradients, autocast or saved-tensor hooks (checkpointing) are switched inside the forward, which a graph cannot say.
