@@ -12,8 +12,8 @@
 namespace rds_fast::cpu {
 namespace {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 ChannelShape shape_of(const Tensor& x) {
   const int64_t samples = x.size(0), channels = x.size(1);
@@ -24,19 +24,8 @@ ChannelShape shape_of(const Tensor& x) {
   return {dtype_of(x), channels_last ? samples * positions : samples, channels, channels_last ? 1 : positions};
 }
 
-void* data_of(const MaybeTensor& tensor) { return tensor.has_value() ? tensor->data_ptr() : nullptr; }
-
-Tensor empty_as(const Tensor& x) {
-  Tensor fresh = torch::stable::empty_like(x);
-  advise_huge_pages(fresh);
-  return fresh;
-}
-
 // Like x if wanted, else (0,), whose data is null to a kernel.
 Tensor empty_if(bool wanted, const Tensor& x) { return wanted ? empty_as(x) : torch::stable::new_empty(x, {0}); }
-void* data_if(bool wanted, const Tensor& tensor) { return wanted ? tensor.data_ptr() : nullptr; }
-
-using torch::headeronly::ScalarType;
 
 Tensor empty_channels(const Tensor& x) {
   return torch::stable::new_empty(x, {x.size(1)}, accumulation_type(x.scalar_type()));

@@ -13,23 +13,13 @@ namespace rds_fast::cpu {
 namespace {
 
 using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 GroupShape shape_of(const Tensor& x, int64_t groups) { return {dtype_of(x), x.size(0), x.size(1), x.size(2), groups}; }
-
-Tensor empty_as(const Tensor& x) {
-  Tensor fresh = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
-  advise_huge_pages(fresh);
-  return fresh;
-}
-
-void* data_of(const MaybeTensor& tensor) { return tensor.has_value() ? tensor->data_ptr() : nullptr; }
 
 // (C,) in the accumulation dtype if wanted, else (0,), with null for its data.
 Tensor empty_channels(const Tensor& x, bool wanted) {
   return torch::stable::new_empty(x, {wanted ? x.size(1) : 0}, accumulation_type(x.scalar_type()));
 }
-void* data_if(bool wanted, const Tensor& tensor) { return wanted ? tensor.data_ptr() : nullptr; }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
                                               int64_t groups, double eps) {

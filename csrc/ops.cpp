@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <optional>
 #include <string>
 #include <tuple>
 
@@ -149,25 +148,18 @@ Activation activation_of(const std::string& kind, double a, double b) {
   STD_TORCH_CHECK(false, "rds_fast_native: no activation of this name: ", kind);
 }
 
-Tensor fresh_like(const Tensor& x) {
-  Tensor fresh = torch::stable::empty_like(x);
-  advise_huge_pages(fresh);
-  return fresh;
-}
-
-Tensor activation_backward(const Tensor& g, const Tensor& x, const std::optional<Tensor>& x_cotangent,
-                           const std::string& kind, double a, double b) {
-  Tensor gx = fresh_like(x);
-  kernels().activation_backward({dtype_of(x), x.numel()}, g.data_ptr(), x.data_ptr(),
-                                x_cotangent ? x_cotangent->data_ptr() : nullptr, activation_of(kind, a, b),
-                                gx.data_ptr());
+Tensor activation_backward(const Tensor& g, const Tensor& x, const MaybeTensor& x_cotangent, const std::string& kind,
+                           double a, double b) {
+  Tensor gx = empty_as(x);
+  kernels().activation_backward({dtype_of(x), x.numel()}, g.data_ptr(), x.data_ptr(), data_of(x_cotangent),
+                                activation_of(kind, a, b), gx.data_ptr());
   return gx;
 }
 
 std::tuple<Tensor, Tensor> activation_double_backward(const Tensor& v, const Tensor& g, const Tensor& x,
                                                       const std::string& kind, double a, double b) {
-  Tensor dg = fresh_like(x);
-  Tensor dx = fresh_like(x);
+  Tensor dg = empty_as(x);
+  Tensor dx = empty_as(x);
   kernels().activation_double_backward({dtype_of(x), x.numel()}, v.data_ptr(), g.data_ptr(), x.data_ptr(),
                                        activation_of(kind, a, b), dg.data_ptr(), dx.data_ptr());
   return {dg, dx};

@@ -7,6 +7,8 @@
 #include <sys/mman.h>
 #endif
 
+#include <optional>
+
 #include "cpu/kernels.h"
 
 namespace rds_fast::cpu {
@@ -38,5 +40,16 @@ inline void advise_huge_pages(const torch::stable::Tensor& fresh) {
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
+
+inline torch::stable::Tensor empty_as(const torch::stable::Tensor& x) {
+  torch::stable::Tensor fresh = torch::stable::empty_like(x);
+  advise_huge_pages(fresh);
+  return fresh;
+}
+
+// The data of an argument or a result that may be absent: null where it is.
+using MaybeTensor = std::optional<torch::stable::Tensor>;
+inline void* data_of(const MaybeTensor& tensor) { return tensor.has_value() ? tensor->data_ptr() : nullptr; }
+inline void* data_if(bool wanted, const torch::stable::Tensor& tensor) { return wanted ? tensor.data_ptr() : nullptr; }
 
 }  // namespace rds_fast::cpu

@@ -25,7 +25,6 @@ the two get different aliases of y, and the two cotangents meet in the kernel.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -172,9 +171,10 @@ class BatchNorm(Function):
             *(u, other_u, x, y, weight, bias, mean, var, x_cotangent, ctx.training, ctx.eps, ctx.relu, ctx.backend),
         )
         if torch.is_grad_enabled() and x_cotangent is None:
-            masked = u if y is None else gresidual
-            rebuild = functools.partial(_gradient_again, ctx.training, ctx.eps, ctx.relu and y is None, ctx.backend)
-            attach(gx, rebuild, masked, x, weight, bias, mean, var, sums, like=1)
+            # gresidual is masked already; u is not, where there is a ReLU
+            kept_u, mask = (u, ctx.relu) if y is None else (gresidual, False)
+            options = (ctx.training, ctx.eps, mask, ctx.backend)
+            attach(gx, lambda *kept: _input_gradient(*kept, *options), kept_u, x, weight, bias, mean, var, sums, like=1)
         needs = ctx.needs_input_grad
         return (
             gx,
@@ -256,33 +256,12 @@ class BatchNormDoubleBackward(Function):
         raise third_derivative("batch norm")
 
 
-def _gradient_again(
-    training: bool,
-    eps: float,
-    relu: bool,
-    backend: str,
-    u: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    sums: Tensor,
-) -> Tensor:
-    """gx from u, masked already unless the mask is that of a ReLU without residual."""
-    return _input_gradient(u, x, weight, bias, mean, var, sums, training, eps, relu, backend)
-
-
 def memory_format(x: Tensor) -> torch.memory_format:
     """The format of the kernels that is nearest to x: channels-last if x is dense in it alone, else contiguous."""
-    for channels_last in (torch.channels_last, torch.channels_last_3d):
-        if (
-            x.dim() == (4 if channels_last == torch.channels_last else 5)
-            and not x.is_contiguous()
-            and x.is_contiguous(memory_format=channels_last)
-        ):
-            return channels_last
-    return torch.contiguous_format
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if channels_last is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
+        return torch.contiguous_format
+    return channels_last
 
 
 def laid_out_like(t: Tensor, x: Tensor) -> Tensor:

@@ -31,8 +31,10 @@ from torch.nn import functional
 
 from ..backends import select_for_layer
 from ..reference import accumulation_dtype
+from .batch_norm import memory_format
 from .engine import is_wanted
 from .function import Function
+from .inputs import DTYPES
 from .logsumexp import autocast_enabled
 from .registration import derivative, register, third_derivative
 
@@ -256,7 +258,8 @@ def group_norm(
             backend = _select(input, (C,), weight, bias)
     if backend == "reference":
         return functional.group_norm(input, num_groups, weight, bias, eps)
-    return _in_format_of(input, _normalise(_channels(input), weight, bias, num_groups, eps, backend)[0])
+    y = _normalise(_channels(input), weight, bias, num_groups, eps, backend)[0]
+    return y.view(input.shape).contiguous(memory_format=memory_format(input))
 
 
 def instance_norm(
@@ -311,7 +314,7 @@ def _select(input: Tensor, shape: tuple[int, ...], *parameters: Tensor | None) -
     given = [parameter for parameter in parameters if parameter is not None]
     dtype = input.dtype
     covered = (
-        dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        dtype in DTYPES
         and input.layout == torch.strided
         and input.numel() > 0
         and all(isinstance(p, Tensor) and p.shape == shape and p.device == input.device for p in given)
@@ -356,12 +359,3 @@ def _normalise(
     weight, bias = (None if p is None else p.to(accumulated).contiguous().view(-1) for p in (weight, bias))
     y, _, mean, rstd = GroupNorm.apply(x, weight, bias, groups, eps, backend)
     return y, mean, rstd
-
-
-def _in_format_of(input: Tensor, y: Tensor) -> Tensor:
-    """A contiguous (N, C, S) in the shape and the memory format of ``input``."""
-    y = y.view(input.shape)
-    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
-    if memory_format is None or input.is_contiguous() or not input.is_contiguous(memory_format=memory_format):
-        return y
-    return y.contiguous(memory_format=memory_format)

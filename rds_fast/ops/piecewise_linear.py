@@ -21,10 +21,10 @@ from torch import Tensor
 from .. import reference
 from ..backends import select_for_layer
 from .function import Function
+from .inputs import DTYPES
 from .registration import derivative
 
 _aten = torch.ops.aten
-_DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 # (g, kept) to g f'; kept is the result or the input.
 Slope = Callable[[Tensor, Tensor], Tensor]
@@ -32,7 +32,7 @@ Slope = Callable[[Tensor, Tensor], Tensor]
 
 def records_gradient(input: Tensor) -> bool:
     """Whether ``input`` needs a derivative of ours: gradients are recorded, for a dtype that we serve."""
-    return isinstance(input, Tensor) and input.requires_grad and torch.is_grad_enabled() and input.dtype in _DTYPES
+    return isinstance(input, Tensor) and input.requires_grad and torch.is_grad_enabled() and input.dtype in DTYPES
 
 
 def can_overwrite(input: Tensor) -> bool:
