@@ -7,24 +7,29 @@ import json
 import math
 from typing import Any
 
+from . import checks, models
 from . import data as data_sets  # a setting is called data
-from . import models
 from .names import check_name
 
-OBJECTIVES = ("cross-entropy", "input-gradient", "density")
-GRADIENTS_OF = ("target_logit", "cross_entropy")
+OBJECTIVES = (
+    *("cross-entropy", "input-gradient", "density", "adversarial"),
+    *("attribution", "robust-attribution", "jacobian", "gradient-matching"),
+)
+NORMED = ("input-gradient", "density", "gradient-matching")  # the p-norm of a gradient
+PENALIZED = ("input-gradient", "density", "attribution", "jacobian", "gradient-matching")  # cross-entropy + λ · penalty
+ATTRIBUTION = ("attribution", "robust-attribution")
+ATTACKED = ("adversarial", *ATTRIBUTION)  # the loss is of a point in the ball around each sample
+GRADIENTS_OF = ("target_logit", "cross_entropy", "log_density")
 METHODS = ("exact", "finite_difference")
-WEIGHT_SCHEDULES = ("constant", "linear", "cosine", "step")
+SIZES = ("l1", "l2", "sum")
+NORMS = ("linf", "l2")
+ADAPTIVE = ("penalty-ratio", "accuracy-budget")
+WEIGHT_SCHEDULES = ("constant", "linear", "cosine", "step", *ADAPTIVE)
 OPTIMIZERS = ("adam", "sgd")
 LR_SCHEDULES = ("constant", "cosine", "step")
 LR_SCALINGS = ("none", "linear")
 DEVICES = ("auto", "cpu", "cuda")
 AMP = ("none", "bf16", "fp16")
-
-_COUNTS = (
-    *("image_size", "classes", "train_size", "epochs", "batch_size", "accumulate"),
-    *("threads", "workers", "log_interval", "checkpoint_interval"),
-)
 
 # Where a run goes on, these may differ: they decide where and how it is watched, not what is computed.
 RESUMABLE_CHANGES = ("device", "threads", "workers", "log_interval", "checkpoint_interval")
@@ -74,28 +79,91 @@ class TrainingConfig:
         4096, "Data", "Training images of synthetic; validation has an eighth of that.", only=("data", "synthetic")
     )
 
-    objective: str = _setting("density", "Objective", "The penalty, if any.", names=OBJECTIVES)
-    weight: float = _setting(0.5, "Objective", "The penalty's weight.")
-    p: float = _setting(2.0, "Objective", "The norm, from 1 to inf.")
+    objective: str = _setting("density", "Objective", "What is minimised.", names=OBJECTIVES)
+    weight: float = _setting(
+        0.5,
+        "Objective",
+        "The penalty's weight; where it adapts, its first value.",
+        only=("objective", *PENALIZED, "robust-attribution"),
+    )
+    p: float = _setting(2.0, "Objective", "The norm, from 1 to inf.", only=("objective", *NORMED))
     power: float = _setting(
         1.0,
         "Objective",
-        "The exponent of the norm, the same for both penalties; InputGradientPenalty's own default is 2.",
+        "The exponent of the norm, the same for all penalties; InputGradientPenalty's own default is 2.",
+        only=("objective", *NORMED),
     )
     of: str = _setting(
-        "target_logit", "Objective", "Whose input gradient.", names=GRADIENTS_OF, only=("objective", "input-gradient")
+        "target_logit",
+        "Objective",
+        "Whose input gradient; log_density is for gradient-matching.",
+        names=GRADIENTS_OF,
+        only=("objective", "input-gradient", "gradient-matching"),
     )
     method: str = _setting("exact", "Objective", "How it is computed.", names=METHODS, only=("objective", "density"))
     step_size: float = _setting(1e-2, "Objective", "Of the finite difference.", only=("method", "finite_difference"))
-    weight_schedule: str = _setting("constant", "Objective", "The weight over time.", names=WEIGHT_SCHEDULES)
+    epsilon: float = _setting(
+        0.1, "Objective", "The radius of the attacks' ball; inputs are in [0, 1].", only=("objective", *ATTACKED)
+    )
+    attack_norm: str = _setting(
+        "linf", "Objective", "The norm of the ball.", names=NORMS, only=("objective", "adversarial")
+    )
+    attack_steps: int = _setting(7, "Objective", "Steps of each attack.", only=("objective", *ATTACKED))
+    attack_step_size: float | None = _setting(
+        None, "Objective", "Their length (default: 2.5 epsilon / steps).", only=("objective", *ATTACKED)
+    )
+    path_steps: int = _setting(50, "Objective", "Points of the attributions' path.", only=("objective", *ATTRIBUTION))
+    attack_path_steps: int | None = _setting(
+        None,
+        "Objective",
+        "The same inside the attacks (default: a fifth of path-steps).",
+        only=("objective", *ATTRIBUTION),
+    )
+    attribution_size: str = _setting(
+        "l1", "Objective", "The size of an attribution.", names=SIZES, only=("objective", *ATTRIBUTION)
+    )
+    attribution_layer: str | None = _setting(
+        None, "Objective", "Attribute to this layer of the model, not the input.", only=("objective", *ATTRIBUTION)
+    )
+    projections: int = _setting(
+        1, "Objective", "Random directions of the Jacobian; 0: all of it.", only=("objective", "jacobian")
+    )
+    teacher: str | None = _setting(
+        None, "Objective", "Folder of the finished run to match.", only=("objective", "gradient-matching")
+    )
+    penalty_every: int = _setting(
+        1,
+        "Objective",
+        "Apply the penalty every so many steps, as many times heavier.",
+        only=("objective", *PENALIZED),
+    )
+    penalty_share: float = _setting(
+        1.0, "Objective", "Apply it to this share of each batch, drawn at random.", only=("objective", *PENALIZED)
+    )
+    weight_schedule: str = _setting(
+        "constant",
+        "Objective",
+        "The weight over time; the last two adapt it to weight-target.",
+        names=WEIGHT_SCHEDULES,
+        only=("objective", *PENALIZED, "robust-attribution"),
+    )
     weight_warmup_epochs: float = _setting(
-        0.0, "Objective", "Linear, cosine: the epochs in which the weight rises from 0."
+        0.0,
+        "Objective",
+        "Linear, cosine: the epochs in which the weight rises from 0.",
+        only=("weight_schedule", "linear", "cosine"),
     )
     weight_milestones: tuple[int, ...] = _setting(
         (), "Objective", "Step: an epoch after which it changes; may be repeated.", only=("weight_schedule", "step")
     )
     weight_factor: float = _setting(
         0.1, "Objective", "Step: by what it is multiplied.", only=("weight_schedule", "step")
+    )
+    weight_target: float | None = _setting(
+        None,
+        "Objective",
+        "penalty-ratio: the weighted penalty over the cross-entropy; accuracy-budget: the training accuracy to hold.",
+        only=("weight_schedule", *ADAPTIVE),
     )
     label_smoothing: float = _setting(0.0, "Objective", "Of the cross-entropy's targets; no penalty changes by it.")
     fast: bool = _setting(True, "Objective", "The fused operations, or plain PyTorch.")
@@ -110,6 +178,7 @@ class TrainingConfig:
         False, "Optimisation", "Batch norm, addition and ReLU as single operations; its checkpoints fit both ways."
     )
     epochs: int = _setting(12, "Optimisation", "Passes over the training data.")
+    steps: int | None = _setting(None, "Optimisation", "Steps of the optimiser in all, in the place of epochs.")
     batch_size: int = _setting(100, "Optimisation", "Samples of a step of the optimiser.")
     accumulate: int = _setting(
         1,
@@ -153,14 +222,20 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for setting in ("lr_milestones", "weight_milestones"):  # a list, as JSON has it, is welcome
             object.__setattr__(self, setting, tuple(getattr(self, setting)))
-        self._check_names()
-        self._check_numbers()
-        self._check_together()
+        checks.check_numbers(self)
+        for name, field in FIELDS.items():
+            if field.metadata["names"]:
+                check_name(name, getattr(self, name), field.metadata["names"])
+        checks.check_together(self)
 
     @property
     def micro_batch_size(self) -> int:
         """The samples of one forward and backward."""
         return self.batch_size // self.accumulate
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """The steps of the optimiser in the whole run."""
+        return self.epochs * steps_per_epoch if self.steps is None else self.steps
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -178,62 +253,6 @@ class TrainingConfig:
             train_size=self.train_size,
             workers=self.workers,
         )
-
-    def _check_together(self) -> None:
-        """What some values ask of others."""
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"batch_size is {self.batch_size} and accumulate is {self.accumulate}, which does not divide it; a "
-                "step takes batch_size samples in accumulate micro-batches of one size"
-            )
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov is given and momentum is 0; it needs a momentum above 0")
-        if self.data == "imagefolder" and self.data_root is None:
-            raise ValueError("data is 'imagefolder' and data_root is missing; give the folder of train and val")
-        for value in ("lr", "weight"):
-            if getattr(self, f"{value}_schedule") == "step" and not getattr(self, f"{value}_milestones"):
-                raise ValueError(
-                    f"{value}_schedule is 'step' and {value}_milestones is empty; give the epochs of the steps"
-                )
-        if (self.weight_schedule in ("linear", "cosine")) != (self.weight_warmup_epochs > 0):
-            raise ValueError(
-                f"weight_schedule is {self.weight_schedule!r} and weight_warmup_epochs is {self.weight_warmup_epochs}; "
-                "'linear' and 'cosine' need the epochs they take, and nothing else does"
-            )
-
-    def _check_names(self) -> None:
-        for name, field in FIELDS.items():
-            if field.metadata["names"]:
-                check_name(name, getattr(self, name), field.metadata["names"])
-
-    def _check_numbers(self) -> None:
-        for setting in _COUNTS:
-            least = 0 if setting == "workers" else 1
-            value = getattr(self, setting)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{setting} is {value!r}; it must be a whole number, {least} or more")
-        for setting in ("seed", "data_seed"):
-            value = getattr(self, setting)
-            if not isinstance(value, int) or not 0 <= value < 2**63:
-                raise ValueError(f"{setting} is {value!r}; it must be a whole number from 0 to 2**63 - 1")
-        for setting in ("lr", "power", "step_size", "lr_factor", "weight_factor"):
-            value = getattr(self, setting)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{setting} is {value!r}; it must be above 0 and finite")
-        for setting in ("weight", "weight_decay", "weight_warmup_epochs", "lr_warmup_epochs"):
-            value = getattr(self, setting)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{setting} is {value!r}; it must be 0 or more and finite")
-        if not self.p >= 1:
-            raise ValueError(f"p is {self.p!r}; it must be from 1 to infinity")
-        if not 0 <= self.label_smoothing <= 1:
-            raise ValueError(f"label_smoothing is {self.label_smoothing!r}; it must be from 0 to 1")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum is {self.momentum!r}; it must be at least 0 and below 1")
-        for setting in ("lr_milestones", "weight_milestones"):
-            epochs = getattr(self, setting)
-            if any(not isinstance(epoch, int) or epoch < 1 for epoch in epochs) or list(epochs) != sorted(set(epochs)):
-                raise ValueError(f"{setting} is {epochs}; it must hold epochs, 1 or more, in rising order")
 
     def to_json(self) -> str:
         """The settings as JSON. Infinity, as p may be, is written as the string "inf"."""
@@ -259,14 +278,17 @@ class TrainingConfig:
 
     def without_effect(self, name: str) -> str | None:
         """The reason why a setting has no effect beside the others; None if it has one."""
-        field = FIELDS[name]
-        of_penalty = field.metadata["group"] == "Objective" and name not in ("objective", "label_smoothing", "fast")
-        if of_penalty and self.objective == "cross-entropy":
+        if name == "epochs" and self.steps is not None:
+            return f"steps is {self.steps}, which decides the length (steps=none gives it back to epochs)"
+        only = FIELDS[name].metadata["only"]
+        if only is None:
+            return None
+        other, *values = only
+        if getattr(self, other) in values:
+            return self.without_effect(other)  # what belongs to a setting without effect has none either
+        if other == "objective" and self.objective == "cross-entropy":
             return "the objective is cross-entropy, which has no penalty"
-        only = field.metadata["only"]
-        if only is not None and getattr(self, only[0]) not in only[1:]:
-            return f"it belongs to {only[0]} {' or '.join(only[1:])}, and {only[0]} is {getattr(self, only[0])}"
-        return None
+        return f"it belongs to {other} {' or '.join(values)}, and {other} is {getattr(self, other)}"
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainingConfig)}

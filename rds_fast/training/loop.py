@@ -128,8 +128,8 @@ class _Run:
         self.objective = Objective(config, self.steps_per_epoch)
         self.learning_rate = learning_rate_schedule(config, self.steps_per_epoch)
         self.state = TrainingState(config, device, self.training.classes)
-        self.total_steps = config.epochs * self.steps_per_epoch
-        self.display = Display(config.epochs, self.total_steps, quiet)
+        self.total_steps = config.total_steps(self.steps_per_epoch)
+        self.display = Display(math.ceil(self.total_steps / self.steps_per_epoch), self.total_steps, quiet)
         self.uncollected: list[Tensor] = []  # the losses of the last steps, so that not every step waits for the GPU
         self.waited = 0.0  # for data since the last row, in seconds
         reset_peak_memory(device)
@@ -175,9 +175,13 @@ class _Run:
         self.state.seconds += time.perf_counter() - start
 
     def _due(self, interval: int | None) -> bool:
-        """At the end of each epoch, and every ``interval`` steps within it."""
+        """At the end of each epoch and of the run, and every ``interval`` steps within an epoch."""
         step_of_epoch = self.state.step % self.steps_per_epoch
-        return step_of_epoch == 0 or (interval is not None and step_of_epoch % interval == 0)
+        return self._ends_epoch() or (interval is not None and step_of_epoch % interval == 0)
+
+    def _ends_epoch(self) -> bool:
+        """Whether an epoch ends here, or the run, as it may within one where its steps are given."""
+        return self.state.step % self.steps_per_epoch == 0 or self.state.step == self.total_steps
 
     def _inputs(self, images: Tensor) -> Tensor:
         """What the model takes, of images as the data give them."""
@@ -240,8 +244,8 @@ class _Run:
     def _write_metrics(self) -> dict[str, Any]:
         """Append a row: the means over this epoch so far and, at its end, the accuracy on the validation split."""
         state = self.state
-        epoch, step_of_epoch = divmod(state.step - 1, self.steps_per_epoch)
-        ends_epoch = step_of_epoch + 1 == self.steps_per_epoch
+        epoch = (state.step - 1) // self.steps_per_epoch
+        ends_epoch = self._ends_epoch()
         done = self.order.samples_before(state.step) - epoch * len(self.training)
         row: dict[str, Any] = {
             "kind": "epoch" if ends_epoch else "interval",

@@ -31,6 +31,9 @@ MODEL = "model.safetensors"
 EVALUATION = "evaluation.json"
 NON_FINITE = "non_finite_batch.json"
 
+# Before runs described their data there were the sets of the MNIST family alone, all of ten classes.
+_UNDESCRIBED = {"classes": 10}
+
 
 def versions() -> dict[str, str | None]:
     """The versions of what computes, and the commit of this package where it is a git checkout."""
@@ -94,7 +97,7 @@ def _read(run_dir: Path) -> tuple[TrainingConfig, dict[str, Any]]:
         )
     try:
         content = json.loads(path.read_text())
-        settings, described = content["settings"], dict(content["data"])
+        settings, described = content["settings"], dict(content.get("data", _UNDESCRIBED))
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); expected the settings of a run") from error
     return TrainingConfig.from_settings(settings), described
@@ -124,8 +127,8 @@ def check_same_data(run_dir: Path, split: data.Split) -> None:
     """Raises ValueError if a run was made with other training data: other classes, or more or fewer samples."""
     before, now = _read(run_dir)[1], _description(split)
     for name, value in now.items():
-        if before.get(name) != value:
-            found = f"{name} was {before.get(name)!r} and is now {value!r}"
+        if name in before and before[name] != value:
+            found = f"{name} was {before[name]!r} and is now {value!r}"
             raise ValueError(
                 f"{run_dir} cannot be resumed with other data: {found}. Restore the data, or start a new run"
             )
