@@ -7,15 +7,22 @@ from .ops.cross_entropy import cross_entropy_with_logsumexp
 from .ops.gradient_norm import gradient_norm
 from .ops.logsumexp import logsumexp
 from .penalties import schedules
+from .penalties.adaptive import AccuracyBudget, PenaltyRatio
 from .penalties.density import DensityPenalty, density_penalty, density_penalty_from_logits, log_density
 from .penalties.input_gradient import InputGradientPenalty
+from .penalties.jacobian import JacobianPenalty
 from .penalties.loss import LossTerms, PenalizedLoss
+from .penalties.matching import GradientMatchingPenalty
 
 __all__ = [
+    "AccuracyBudget",
     "DensityPenalty",
+    "GradientMatchingPenalty",
     "InputGradientPenalty",
+    "JacobianPenalty",
     "LossTerms",
     "PenalizedLoss",
+    "PenaltyRatio",
     "backends",
     "cross_entropy_with_logsumexp",
     "density_penalty",
