@@ -6,7 +6,7 @@ import typer
 
 from .doctor import doctor
 from .evaluation.commands import demo, evaluate, sweep
-from .training.command import train
+from .experiments.train import train
 
 app = typer.Typer(
     help="Training with penalties on input gradients, exactly and fast.",

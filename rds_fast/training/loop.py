@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..penalties.loss import LossTerms
 from . import checkpoints, data, runs
 from .accuracy import evaluate_accuracy
 from .config import TrainingConfig
@@ -21,7 +22,7 @@ from .devices import cpu_threads, peak_memory_bytes, reset_peak_memory, resolve_
 from .display import Display
 from .extras import require
 from .interruption import Interruption
-from .objectives import Objective
+from .objectives import Objective, Part
 from .optimization import learning_rate_schedule
 from .order import Order
 from .state import LOSSES, TrainingState
@@ -125,9 +126,9 @@ class _Run:
         self.training, self.validation = splits.train.to(device), splits.validation.to(device)
         self.order = Order(len(self.training), config.batch_size, config.seed, self.training.index_device)
         self.steps_per_epoch = self.order.steps_per_epoch
-        self.objective = Objective(config, self.steps_per_epoch)
+        self.objective = Objective(config, self.steps_per_epoch, self.training.classes, device)
         self.learning_rate = learning_rate_schedule(config, self.steps_per_epoch)
-        self.state = TrainingState(config, device, self.training.classes)
+        self.state = TrainingState(config, device, self.training.classes, self.objective)
         self.total_steps = config.total_steps(self.steps_per_epoch)
         self.display = Display(math.ceil(self.total_steps / self.steps_per_epoch), self.total_steps, quiet)
         self.uncollected: list[Tensor] = []  # the losses of the last steps, so that not every step waits for the GPU
@@ -199,17 +200,18 @@ class _Run:
             group["lr"] = self.learning_rate(state.step)
         state.model.train()
         state.optimizer.zero_grad()
-        losses = [
+        parts = [
             self._backward(self._inputs(part), labels, len(labels) / len(y))
             for part, labels in zip(images.split(size), y.split(size), strict=True)
         ]
         state.scaler.step(state.optimizer)
         state.scaler.update()
-        self.uncollected.append(torch.stack(losses).sum(0))
+        self.objective.update(parts)
+        self.uncollected.append(torch.stack([_sums(part) for part in parts]).sum(0))
         state.step += 1
 
-    def _backward(self, x: Tensor, y: Tensor, share: float) -> Tensor:
-        """Add a micro-batch's share of the batch's gradient; the result are the sums of its losses, as ``LOSSES``.
+    def _backward(self, x: Tensor, y: Tensor, share: float) -> Part:
+        """Add a micro-batch's share of the batch's gradient.
 
         The loss is a mean over samples, so the batch's is the sum of the micro-batches', each weighted by its share
         of the samples: the last micro-batch of an epoch may be smaller.
@@ -217,9 +219,7 @@ class _Run:
         with self._autocast():
             terms = self.objective(self.state.model, x, y, self.state.step)
         self.state.scaler.scale(terms.total * share).backward()
-        accuracy = (terms.logits.detach().argmax(1) == y).float().mean()
-        losses = [terms.total.detach(), terms.cross_entropy.detach(), terms.penalty.detach(), accuracy]
-        return torch.stack([loss.float() for loss in losses]) * len(y)
+        return Part(LossTerms(*(term.detach() for term in terms)), y)
 
     def _validate(self) -> tuple[float, float]:
         """Accuracy and cross-entropy on the validation split, in the precision of training."""
@@ -253,7 +253,7 @@ class _Run:
             "epoch": epoch + 1,
             **{name: total / done for name, total in zip(LOSSES, state.sums, strict=True)},
             "lr": self.learning_rate(state.step - 1),
-            "weight": self.objective.weight(state.step - 1),
+            "weight": float(self.objective.weight(state.step - 1)),
             **self._measurements(),
             "seconds": state.seconds,
         }
@@ -312,3 +312,11 @@ class _Run:
             validation_accuracy=accuracy,
             seconds=self.state.seconds,
         )
+
+
+def _sums(part: Part) -> Tensor:
+    """The sums of a micro-batch's losses over its samples, as ``LOSSES``."""
+    terms, y = part
+    accuracy = (terms.logits.argmax(1) == y).float().mean()
+    losses = (terms.total, terms.cross_entropy, terms.penalty, accuracy)
+    return torch.stack([loss.float() for loss in losses]) * len(y)

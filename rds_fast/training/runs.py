@@ -134,6 +134,11 @@ def check_same_data(run_dir: Path, split: data.Split) -> None:
             )
 
 
+def classes(run_dir: str | Path) -> int:
+    """How many classes the data of a run have; raises as ``read_config`` does."""
+    return int(_read(Path(run_dir))[1]["classes"])
+
+
 def load_model(run_dir: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, TrainingConfig]:
     """The trained model of a finished run, in eval mode, and its settings.
 

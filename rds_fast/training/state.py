@@ -11,16 +11,18 @@ from torch import Tensor
 from ..nn import fuse
 from . import checkpoints, models
 from .config import TrainingConfig
+from .objectives import Objective
 from .optimization import build_optimizer
 
 LOSSES = ("total", "cross_entropy", "penalty", "accuracy")
 
 
 class TrainingState:
-    """The model, its optimiser and gradient scaler, the steps done, and the random generators of torch.
+    """The model, its optimiser and gradient scaler, a weight that adapts, the steps done, and torch's generators.
 
-    The learning rate, the penalty's weight and the order of the data follow from the step and the configuration, so
-    they are no state. Construction seeds torch's global generators.
+    The learning rate, any other weight of a penalty and the order of the data follow from the step and the
+    configuration, so they are no state. Attacks, projections and shares of a batch are drawn from torch's global
+    generators, which construction seeds.
 
     Attributes:
         step: the steps done.
@@ -28,9 +30,9 @@ class TrainingState:
         sums: of the losses over the samples of this epoch so far, as ``LOSSES``.
     """
 
-    def __init__(self, config: TrainingConfig, device: torch.device, classes: int) -> None:
+    def __init__(self, config: TrainingConfig, device: torch.device, classes: int, objective: Objective) -> None:
         torch.manual_seed(config.seed)
-        self.device = device
+        self.device, self._objective = device, objective
         self.model = models.build(config.model, config.image_shape, classes)
         if config.fuse:
             self.model = fuse(self.model, inplace=True)
@@ -59,6 +61,7 @@ class TrainingState:
         tensors: dict[str, Tensor] = {
             **checkpoints.prefixed("model", self.model.state_dict()),
             **checkpoints.prefixed("optimizer", optimizer_tensors),
+            **checkpoints.prefixed("objective", self._objective.state_dict()),
             **checkpoints.prefixed("generator", generators),
         }
         rest: dict[str, Any] = {
@@ -86,6 +89,7 @@ class TrainingState:
             self.model.load_state_dict(checkpoints.under("model", tensors))
             checkpoints.unpack_optimizer(self.optimizer, checkpoints.under("optimizer", tensors), rest["optimizer"])
             self.scaler.load_state_dict(rest["scaler"])
+            self._objective.load_state_dict(checkpoints.under("objective", tensors))
             self.step, self.seconds, self.sums = rest["step"], rest["seconds"], rest["sums"]
             generators = checkpoints.under("generator", tensors)
             torch.set_rng_state(generators["cpu"])
