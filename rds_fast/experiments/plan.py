@@ -40,8 +40,7 @@ class Trial:
     @property
     def name(self) -> str:
         """What its folder is called."""
-        point = (f"{setting}-{_shown(value)}" for setting, value in self.settings.items())
-        return "-".join([self.variant, *point, f"seed{self.seed}"]).replace("/", "_")
+        return folder(self.variant, self.settings, self.seed)
 
 
 def key(variant: str, settings: Mapping[str, Any], seed: int) -> tuple[str, str, int]:
@@ -49,8 +48,9 @@ def key(variant: str, settings: Mapping[str, Any], seed: int) -> tuple[str, str,
     return variant, json.dumps(settings, sort_keys=True), seed
 
 
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def folder(variant: str, settings: Mapping[str, Any], seed: int) -> str:
+    """What the folder of a run is called."""
+    return "-".join([variant, *(f"{name}{value}" for name, value in settings.items()), f"seed{seed}"]).replace("/", "_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +88,7 @@ class Plan:
         for setting in ("objective", "seed"):
             if setting in self.changes:
                 raise ValueError(f"{setting} is given; a sweep takes its objectives by variant=, its seeds by --seeds")
-        _ = self.trials  # every configuration is made, so that what is wrong fails before any work
-        self._check_effects()
+        self._check_effects(self.trials)  # whose settings are all made, so that what is wrong fails before any work
 
     @property
     def baseline(self) -> str:
@@ -116,15 +115,15 @@ class Plan:
         for values in itertools.product(*grid.values()):
             point = dict(zip(grid, values, strict=True))
             config = self.recipe.config(variant, {**self.changes, **point})
-            effective = {name: _plain(value) for name, value in point.items() if config.without_effect(name) is None}
+            effective = {name: plain(value) for name, value in point.items() if config.without_effect(name) is None}
             if key(variant, effective, 0) not in seen:
                 seen.add(key(variant, effective, 0))
                 yield effective, config
 
-    def _check_effects(self) -> None:
+    def _check_effects(self, trials: Sequence[Trial]) -> None:
         """What is given has an effect on one of the variants at least."""
         for setting in (*self.changes, *self.axes):
-            reasons = [trial.config.without_effect(setting) for trial in self.trials]
+            reasons = [trial.config.without_effect(setting) for trial in trials]
             if None not in reasons:
                 raise ValueError(f"{setting} would have no effect: {reasons[0]}. Leave it out")
 
@@ -134,14 +133,18 @@ def _candidates(setting: str, values: Sequence[Any]) -> tuple[Any, ...]:
     if setting in _NO_AXIS:
         raise ValueError(f"{setting} has {len(values)} values; give one (seeds are counted by --seeds)")
     unique = list(dict.fromkeys(values))
-    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in unique)
     if not unique:
         raise ValueError(f"{setting} has no values; give those to try, as in {setting}=0.1,1")
+    if setting == "weight" and 0 in unique:
+        raise ValueError("a weight of 0 is given; candidates are above 0, since 0 is cross-entropy")
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in unique)
     return tuple(sorted(unique) if numbers else unique)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value as JSON can hold it; infinity, as p may be, is written as TrainingConfig writes it."""
-    if isinstance(value, tuple):
-        return list(value)
+    if isinstance(value, Mapping):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
     return "inf" if isinstance(value, float) and math.isinf(value) else value

@@ -93,7 +93,7 @@ class TrainingState:
             self.step, self.seconds, self.sums = rest["step"], rest["seconds"], rest["sums"]
             generators = checkpoints.under("generator", tensors)
             torch.set_rng_state(generators["cpu"])
-        except (RuntimeError, KeyError) as error:
+        except (RuntimeError, KeyError, ValueError) as error:
             raise ValueError(f"{path} does not fit this run ({error}); delete it to begin again") from error
         if self.device.type == "cuda" and "cuda" in generators:  # absent where the run began on a CPU
             torch.cuda.set_rng_state(generators["cuda"], self.device)
