@@ -1,19 +1,19 @@
 """Recipes: one TOML file an experiment, which says what is trained, compared, chosen and measured, and by whose account.
 
-    title = "..."                     what it is, in a line
-    source = "..."                    paper, table, section
-    variant = "density"               the variant that is trained where none is asked for
+title = "..."                     what it is, in a line
+source = "..."                    paper, table, section
+variant = "density"               the variant that is trained where none is asked for
 
-    [[ours]]                          settings that the source does not give, or that differ from it
-    settings = ["epochs", "evaluation.steps"]
-    why = "..."
+[[ours]]                          settings that the source does not give, or that differ from it
+settings = ["epochs", "evaluation.steps"]
+why = "..."
 
-    [training]                        fields of TrainingConfig, for all variants
-    [variants.density]                what is compared: a title and the fields in which it differs
-    title = "density"
-    reported = { accuracy = 0.99 }    perhaps: what the source reports of it, in [0, 1]
-    [sweep]                           see ``Selection``; grid.weight = [...] is an axis of the grid
-    [evaluation]                      fields of EvaluationSettings
+[training]                        fields of TrainingConfig, for all variants
+[variants.density]                what is compared: a title and the fields in which it differs
+title = "density"
+reported = { accuracy = 0.99 }    perhaps: what the source reports of it, in [0, 1]
+[sweep]                           see ``Selection``; grid.weight = [...] is an axis of the grid
+[evaluation]                      fields of EvaluationSettings
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..ops.inputs import check_number
 from .checks import IGNORED, check_input
 from .inner_pass import couples_samples, differentiable_input, forward, frozen_statistics, implementation, logits_of
-from .schedules import Schedule, check_steps, check_weight
+from .schedules import Schedule, check_steps, check_weight, weight_at
 
 
 class Penalty(Protocol):
@@ -138,7 +138,7 @@ class PenalizedLoss:
             ValueError: step is missing and needed, or the schedule's weight is out of range.
             TypeError, ValueError, IndexError, RuntimeError: as the penalty and ``cross_entropy_with_logsumexp``.
         """
-        weight = self._weight_at(step)
+        weight = weight_at(self.weight, step)
         applied = self._applied_at(step)
         check_input(x)
         if not isinstance(y, Tensor):
@@ -155,24 +155,6 @@ class PenalizedLoss:
             applied = False  # the graph of second order is not walked for nothing
         total = cross_entropy + weight * penalty if applied else cross_entropy
         return LossTerms(total, cross_entropy, penalty, logits)
-
-    def _weight_at(self, step: int | None) -> float | Tensor:
-        if not callable(self.weight):
-            return float(self.weight)
-        if step is None:
-            raise ValueError(
-                f"weight is a schedule ({self.weight!r}) and step was not given; call loss(model, x, y, step=step) "
-                "with the number of the training step"
-            )
-        weight = self.weight(step)
-        if not isinstance(weight, Tensor):
-            return check_weight(weight, f"the weight at step {step}")
-        if weight.dim() or not weight.is_floating_point():
-            raise TypeError(
-                f"the weight at step {step} is a tensor of shape {tuple(weight.shape)} and {weight.dtype}; it must be "
-                "a number, or a floating-point tensor of shape ()"
-            )
-        return weight.detach()
 
     def _applied_at(self, step: int | None) -> bool:
         if self.every == 1:

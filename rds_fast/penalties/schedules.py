@@ -26,6 +26,31 @@ def check_weight(weight: float, name: str = "weight") -> float:
     return number
 
 
+def weight_at(weight: float | Schedule, step: int | None) -> float | Tensor:
+    """The weight of a training step: the number itself or the schedule's value, checked; a tensor's is not read."""
+    if not callable(weight):
+        return float(weight)
+    if step is None:
+        raise ValueError(
+            f"weight is a schedule ({weight!r}) and step was not given; call loss(model, x, y, step=step) "
+            "with the number of the training step"
+        )
+    value = weight(step)
+    if not isinstance(value, Tensor):
+        return check_weight(value, f"the weight at step {step}")
+    if value.dim() or not value.is_floating_point():
+        raise TypeError(
+            f"the weight at step {step} is a tensor of shape {tuple(value.shape)} and {value.dtype}; it must be "
+            "a number, or a floating-point tensor of shape ()"
+        )
+    return value.detach()
+
+
+def is_zero(weight: float | Tensor) -> bool:
+    """Whether a weight is the number 0, so that nothing need be computed for it; a tensor's value is not read."""
+    return not isinstance(weight, Tensor) and weight == 0
+
+
 def check_steps(steps: int, name: str = "steps") -> None:
     """Raise unless ``steps`` is an int of at least 1."""
     if isinstance(steps, bool) or not isinstance(steps, int):

@@ -21,7 +21,8 @@ ATTRIBUTION = ("attribution", "robust-attribution")
 ATTACKED = ("adversarial", *ATTRIBUTION)  # the loss is of a point in the ball around each sample
 GRADIENTS_OF = ("target_logit", "cross_entropy", "log_density")
 METHODS = ("exact", "finite_difference")
-SIZES = ("l1", "l2", "sum")
+WITH_PATH = ("l1", "l2")  # a sum is the difference of the losses at the path's ends
+SIZES = (*WITH_PATH, "sum")
 NORMS = ("linf", "l2")
 ADAPTIVE = ("penalty-ratio", "accuracy-budget")
 WEIGHT_SCHEDULES = ("constant", "linear", "cosine", "step", *ADAPTIVE)
@@ -112,18 +113,23 @@ class TrainingConfig:
     attack_step_size: float | None = _setting(
         None, "Objective", "Their length (default: 2.5 epsilon / steps).", only=("objective", *ATTACKED)
     )
-    path_steps: int = _setting(50, "Objective", "Points of the attributions' path.", only=("objective", *ATTRIBUTION))
+    attribution_size: str = _setting(
+        "l1", "Objective", "The size of an attribution.", names=SIZES, only=("objective", *ATTRIBUTION)
+    )
+    path_steps: int = _setting(
+        50, "Objective", "Points of an attribution's path.", only=("attribution_size", *WITH_PATH)
+    )
     attack_path_steps: int | None = _setting(
         None,
         "Objective",
         "The same inside the attacks (default: a fifth of path-steps).",
-        only=("objective", *ATTRIBUTION),
-    )
-    attribution_size: str = _setting(
-        "l1", "Objective", "The size of an attribution.", names=SIZES, only=("objective", *ATTRIBUTION)
+        only=("attribution_size", *WITH_PATH),
     )
     attribution_layer: str | None = _setting(
-        None, "Objective", "Attribute to this layer of the model, not the input.", only=("objective", *ATTRIBUTION)
+        None,
+        "Objective",
+        "Attribute to this layer of the model, not to the input.",
+        only=("attribution_size", *WITH_PATH),
     )
     projections: int = _setting(
         1, "Objective", "Random directions of the Jacobian; 0: all of it.", only=("objective", "jacobian")

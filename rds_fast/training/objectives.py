@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..penalties.adaptive import AccuracyBudget, PenaltyRatio
+from ..penalties.adversarial import AdversarialLoss
+from ..penalties.attribution import AttributionPenalty, RobustAttributionLoss
 from ..penalties.density import DensityPenalty
 from ..penalties.inner_pass import implementation
 from ..penalties.input_gradient import InputGradientPenalty
@@ -101,9 +103,6 @@ class Objective:
 
 def _loss_under_attack(config: TrainingConfig, weight: Schedule) -> Loss:
     """The losses of the worst point of a ball around each sample, which are no penalty beside the cross-entropy."""
-    from ..penalties.adversarial import AdversarialLoss
-    from ..penalties.attribution import RobustAttributionLoss
-
     if config.objective == "adversarial":
         return AdversarialLoss(
             config.epsilon,
@@ -111,6 +110,7 @@ def _loss_under_attack(config: TrainingConfig, weight: Schedule) -> Loss:
             steps=config.attack_steps,
             step_size=config.attack_step_size,
             label_smoothing=config.label_smoothing,
+            fast=config.fast,
         )
     return RobustAttributionLoss(
         weight,
@@ -135,8 +135,6 @@ def _penalty(config: TrainingConfig, classes: int, device: torch.device | str) -
         return JacobianPenalty(projections=config.projections or None)
     if config.objective == "gradient-matching":
         return GradientMatchingPenalty(_teacher(config, classes, device), p=config.p, power=config.power, of=config.of)
-    from ..penalties.attribution import AttributionPenalty
-
     return AttributionPenalty(
         config.epsilon,
         path_steps=config.path_steps,
