@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from . import data as data_sets
+from .objective_settings import ADAPTIVE
+
 if TYPE_CHECKING:
     from .config import TrainingConfig
 
 _COUNTS = (
-    *("image_size", "classes", "train_size", "epochs", "steps", "batch_size", "accumulate"),
+    *("image_size", "classes", "train_size", "cutout", "epochs", "steps", "batch_size", "accumulate"),
     *("attack_steps", "path_steps", "attack_path_steps", "penalty_every"),
     *("threads", "log_interval", "checkpoint_interval"),
 )
@@ -88,8 +91,8 @@ def check_together(config: TrainingConfig) -> None:
         )
     if config.nesterov and config.momentum == 0:
         raise ValueError("nesterov is given and momentum is 0; it needs a momentum above 0")
-    if config.data == "imagefolder" and config.data_root is None:
-        raise ValueError("data is 'imagefolder' and data_root is missing; give the folder of train and val")
+    data_sets.check_root(config.data, config.data_root)
+    _check_augmentation(config)
     if config.objective == "gradient-matching" and config.teacher is None:
         raise ValueError("objective is 'gradient-matching' and teacher is missing; give the folder of a finished run")
     if config.objective != "gradient-matching" and config.of == "log_density":
@@ -97,6 +100,19 @@ def check_together(config: TrainingConfig) -> None:
             "of is 'log_density', which is for gradient-matching; its input gradient's norm is objective 'density'"
         )
     _check_schedules(config)
+
+
+def _check_augmentation(config: TrainingConfig) -> None:
+    known, augment = data_sets.DATA_SETS[config.data], config.augment
+    if augment == "resized-crop-flip" and not known.from_files:
+        raise ValueError(
+            f"augment is {augment!r} and the images of {config.data} have one size; use 'crop' or 'crop-flip'"
+        )
+    if "flip" in augment and not known.mirrored:
+        raise ValueError(
+            f"augment is {augment!r}, which mirrors images, and a {config.data} image in a mirror is another sign or "
+            f"none; use {augment.replace('-flip', '')!r}"
+        )
 
 
 def _check_schedules(config: TrainingConfig) -> None:
@@ -110,7 +126,7 @@ def _check_schedules(config: TrainingConfig) -> None:
             f"weight_schedule is {config.weight_schedule!r} and weight_warmup_epochs is {config.weight_warmup_epochs}; "
             "'linear' and 'cosine' need the epochs they take, and nothing else does"
         )
-    adapts = config.weight_schedule in ("penalty-ratio", "accuracy-budget")
+    adapts = config.weight_schedule in ADAPTIVE
     if adapts != (config.weight_target is not None):
         raise ValueError(
             f"weight_schedule is {config.weight_schedule!r} and weight_target is {config.weight_target}; "

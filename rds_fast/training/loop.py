@@ -22,6 +22,7 @@ from .devices import cpu_threads, peak_memory_bytes, reset_peak_memory, resolve_
 from .display import Display
 from .extras import require
 from .interruption import Interruption
+from .normalization import channel_statistics
 from .objectives import Objective, Part
 from .optimization import learning_rate_schedule
 from .order import Order
@@ -128,7 +129,8 @@ class _Run:
         self.steps_per_epoch = self.order.steps_per_epoch
         self.objective = Objective(config, self.steps_per_epoch, self.training.classes, device)
         self.learning_rate = learning_rate_schedule(config, self.steps_per_epoch)
-        self.state = TrainingState(config, device, self.training.classes, self.objective)
+        normalization = channel_statistics(self.training) if config.normalize else None
+        self.state = TrainingState(config, device, self.training.classes, self.objective, normalization)
         self.total_steps = config.total_steps(self.steps_per_epoch)
         self.display = Display(math.ceil(self.total_steps / self.steps_per_epoch), self.total_steps, quiet)
         self.uncollected: list[Tensor] = []  # the losses of the last steps, so that not every step waits for the GPU
@@ -144,7 +146,7 @@ class _Run:
         self.last_row = (state.step, state.seconds)
         display.begin(state.step)
         with Interruption() as interruption, display:
-            batches = self.training.batches(self.order.batches(state.step, self.total_steps))
+            batches = self.training.batches(self.order.batches(state.step, self.total_steps), config.augmentation)
             while state.step < self.total_steps:
                 with self._stopwatch():
                     self._train_step(*self._next(batches))
@@ -207,7 +209,7 @@ class _Run:
         state.scaler.step(state.optimizer)
         state.scaler.update()
         self.objective.update(parts)
-        self.uncollected.append(torch.stack([_sums(part) for part in parts]).sum(0))
+        self.uncollected.append(torch.stack([part.sums() for part in parts]).sum(0))
         state.step += 1
 
     def _backward(self, x: Tensor, y: Tensor, share: float) -> Part:
@@ -312,11 +314,3 @@ class _Run:
             validation_accuracy=accuracy,
             seconds=self.state.seconds,
         )
-
-
-def _sums(part: Part) -> Tensor:
-    """The sums of a micro-batch's losses over its samples, as ``LOSSES``."""
-    terms, y = part
-    accuracy = (terms.logits.argmax(1) == y).float().mean()
-    losses = (terms.total, terms.cross_entropy, terms.penalty, accuracy)
-    return torch.stack([loss.float() for loss in losses]) * len(y)

@@ -21,7 +21,8 @@ from ..penalties.loss import LossTerms, PenalizedLoss, Penalty
 from ..penalties.matching import GradientMatchingPenalty
 from ..penalties.schedules import Constant, Cosine, LinearWarmup, Schedule, Step
 from . import runs
-from .config import ADAPTIVE, PENALIZED, TrainingConfig
+from .config import TrainingConfig
+from .objective_settings import ADAPTIVE, PENALIZED
 
 Loss = Callable[[nn.Module, Tensor, Tensor, int], LossTerms]
 
@@ -41,6 +42,12 @@ class Part(NamedTuple):
 
     terms: LossTerms
     labels: Tensor
+
+    def sums(self) -> Tensor:
+        """Over its samples: of the loss, the cross-entropy, the penalty and the right answers, (4,)."""
+        accuracy = (self.terms.logits.argmax(1) == self.labels).float().mean()
+        losses = (self.terms.total, self.terms.cross_entropy, self.terms.penalty, accuracy)
+        return torch.stack([loss.float() for loss in losses]) * len(self.labels)
 
 
 class Objective:

@@ -30,10 +30,17 @@ class TrainingState:
         sums: of the losses over the samples of this epoch so far, as ``LOSSES``.
     """
 
-    def __init__(self, config: TrainingConfig, device: torch.device, classes: int, objective: Objective) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        device: torch.device,
+        classes: int,
+        objective: Objective,
+        normalization: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         torch.manual_seed(config.seed)
         self.device, self._objective = device, objective
-        self.model = models.build(config.model, config.image_shape, classes)
+        self.model = models.build(config.model, config.image_shape, classes, normalize=normalization)
         if config.fuse:
             self.model = fuse(self.model, inplace=True)
         self.model.to(device)
