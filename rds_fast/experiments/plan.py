@@ -110,7 +110,7 @@ class Plan:
         own = self.recipe.variants[variant].settings
         grid = {name: _candidates(name, values) for name, values in self.recipe.selection.grid.items()}
         grid = {name: values for name, values in grid.items() if name not in own and name not in self.changes}
-        grid |= self.axes
+        grid.update({name: tuple(values) for name, values in self.axes.items()})
         seen = set()
         for values in itertools.product(*grid.values()):
             point = dict(zip(grid, values, strict=True))

@@ -1,4 +1,4 @@
-"""Recipes: one TOML file an experiment, which says what is trained, compared, chosen and measured, and by whose account.
+"""Recipes: one TOML file an experiment: what is trained, compared, chosen and measured, and on whose authority.
 
 title = "..."                     what it is, in a line
 source = "..."                    paper, table, section
@@ -180,7 +180,7 @@ def _recipe(name: str, content: dict[str, Any]) -> Recipe:
     )
 
 
-def _of_kind(name: str, value: Any, kind: type) -> Any:
+def _of_kind(name: str, value: Any, kind: Any) -> Any:
     if not isinstance(value, kind):
         wanted = {str: "a text", dict: "a table", list: "a list"}[kind]
         raise ValueError(f"{name} is {value!r}; it must be {wanted}")

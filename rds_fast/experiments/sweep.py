@@ -25,6 +25,10 @@ from .choice import Candidate, choose, rule
 from .plan import Plan, Trial, key, plain
 
 SWEEP = "sweep.json"
+_PARTS = (
+    *("rule", "command", "training", "variants", "selection", "evaluation", "device"),
+    *("trials", "seeds", "points", "choices"),
+)
 
 Record = dict[str, Any]
 Scalars = dict[str, float | None]
@@ -66,7 +70,8 @@ def sweep(
         )
         write(out / SWEEP, record)
         report(f"[{number}/{len(missing)}] {trial.name}: {_told(found, plan.recipe.selection.measure)}")
-    record |= {"command": command, "seeds": list(plan.seeds), "choices": choices(record["trials"], plan)}
+    record |= {"command": command, "seeds": list(plan.seeds), "points": _points(plan)}
+    record["choices"] = choices(record)
     write(out / SWEEP, record)
     return record
 
@@ -119,29 +124,26 @@ def _measured(run_dir: Path, settings: EvaluationSettings) -> Scalars | None:
     return found.evaluation.scalars if (found.split, found.settings) == ("validation", settings) else None
 
 
-def choices(trials: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, dict[str, Any]]:
-    """The choice for each variant, the baseline too, from the trials of the plan's points and seeds.
+def choices(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The choice for each variant, the baseline too, from the trials of the record's points and seeds.
 
     Raises:
-        ValueError: the baseline, or every run of a variant, diverged.
+        ValueError: every run of a variant diverged, or the evaluation has no figure to choose by.
     """
-    selection = plan.recipe.selection
-    chosen: dict[str, dict[str, Any]] = {}
-    baseline_accuracy = max(c.accuracy for c in _candidates(trials, plan, plan.baseline))
-    for variant in plan.variants:
-        choice = choose(_candidates(trials, plan, variant), baseline_accuracy, selection.margin)
-        chosen[variant] = choice._asdict()
-    return chosen
+    selection = record["selection"]
+    found = {variant: candidates(record, variant) for variant in record["points"]}
+    for variant, those in found.items():
+        if not those:
+            raise ValueError(f"every run of {variant} diverged, so there is nothing to choose from; try other settings")
+    accuracy = max(candidate.accuracy for candidate in found[selection["baseline"]])
+    return {variant: choose(those, accuracy, selection["margin"])._asdict() for variant, those in found.items()}
 
 
-def _candidates(trials: Sequence[Mapping[str, Any]], plan: Plan, variant: str) -> list[Candidate]:
+def candidates(record: Mapping[str, Any], variant: str) -> list[Candidate]:
     """The points of a variant's grid of which no run diverged, with their figures."""
-    measure = plan.recipe.selection.measure
-    averaged = [average(trials, variant, settings, plan.seeds, measure) for settings, _ in plan.points(variant)]
-    candidates = [candidate for candidate in averaged if candidate is not None]
-    if not candidates:
-        raise ValueError(f"every run of {variant} diverged, so there is nothing to choose from; try other settings")
-    return candidates
+    measure = record["selection"]["measure"]
+    each = (average(record["trials"], variant, point, record["seeds"], measure) for point in record["points"][variant])
+    return [candidate for candidate in each if candidate is not None]
 
 
 def average(
@@ -196,14 +198,24 @@ def read(path: Path) -> Record:
     Raises:
         ValueError: it is damaged, or of another version.
     """
-    parts = ("training", "selection", "evaluation", "device", "variants", "trials")
     try:
-        record = json.loads(path.read_text())
-        missing = [part for part in parts if part not in record]
-    except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
+        return parse(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is damaged ({error!r}); move it away, or give another --out") from error
-    if not isinstance(record, dict) or missing:
-        raise ValueError(f"{path} is no record of a sweep, or of another version; move it away, or give another --out")
+
+
+def parse(content: str, shown: str) -> Record:
+    """The record in a file's content; ``shown`` names the file.
+
+    Raises:
+        ValueError: it is damaged, or of another version.
+    """
+    try:
+        record = json.loads(content)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{shown} is damaged ({error!r}); move it away, or give another --out") from error
+    if not isinstance(record, dict) or not set(_PARTS) <= set(record):
+        raise ValueError(f"{shown} is no record of a sweep, or of another version; run 'rds-fast sweep' elsewhere")
     return record
 
 
@@ -228,8 +240,13 @@ def _fresh(plan: Plan, settings: EvaluationSettings) -> Record:
         "versions": runs.versions(),
         "trials": [],
         "seeds": list(plan.seeds),
+        "points": _points(plan),
         "choices": {},
     }
+
+
+def _points(plan: Plan) -> dict[str, list[dict[str, Any]]]:
+    return {variant: [settings for settings, _ in plan.points(variant)] for variant in plan.variants}
 
 
 def write(path: Path, record: Record) -> None:

@@ -90,9 +90,12 @@ class Objective:
             return
         labels = torch.cat([part.labels for part in parts])
         shares = [len(part.labels) / len(labels) for part in parts]
-        *scalars, logits = zip(*(part.terms for part in parts), strict=True)
-        means = (sum(share * value for share, value in zip(shares, values, strict=True)) for values in scalars)
-        self._adaptive.update(LossTerms(*means, torch.cat(logits)), labels)
+        total, cross_entropy, penalty = (
+            torch.stack([share * part.terms[term] for share, part in zip(shares, parts, strict=True)]).sum()
+            for term in range(3)
+        )
+        logits = torch.cat([part.terms.logits for part in parts])
+        self._adaptive.update(LossTerms(total, cross_entropy, penalty, logits), labels)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a weight that adapts has seen; nothing else has a state."""
