@@ -113,6 +113,7 @@ def train(
         run = _Run(config, run_dir, device, splits, quiet)
         if not resume:
             runs.create(run_dir, config, splits.train)  # only now: what cannot begin leaves no folder behind
+        runs.remove_temporaries(run_dir)
         return run.run()
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from . import checkpoints, data, models
+from .checkpoints import TEMPORARY
 from .config import TrainingConfig
 
 CONFIG = "config.json"
@@ -69,8 +70,22 @@ def check_free(run_dir: Path, overwrite: bool) -> None:
     if (run_dir / CONFIG).exists():
         if not overwrite:
             raise FileExistsError(f"{run_dir} holds a run already; --resume continues it, --overwrite replaces it")
-    elif run_dir.exists() and any(run_dir.iterdir()):
+    elif run_dir.exists() and not all(map(_is_leftover, run_dir.iterdir())):
         raise FileExistsError(f"{run_dir} holds files and no run; give another folder, or an empty one")
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a file or folder is what a process leaves that is killed while it makes the folder of a run."""
+    if path.name == Path(CHECKPOINT).parent.name and path.is_dir():
+        return all(map(_is_leftover, path.iterdir()))
+    return path.match(TEMPORARY)
+
+
+def remove_temporaries(run_dir: Path) -> None:
+    """Delete what killed processes left half written: nobody would ever finish it."""
+    for folder in (run_dir, (run_dir / CHECKPOINT).parent):
+        for path in folder.glob(TEMPORARY):
+            path.unlink()
 
 
 def create(run_dir: Path, config: TrainingConfig, split: data.Split) -> None:
