@@ -236,7 +236,8 @@ def test_a_run_of_so_many_steps(splits: Splits, tmp_path: Path) -> None:
 def test_an_adaptive_weight_moves_and_is_logged(splits: Splits, tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, weight_schedule="accuracy-budget", weight_target=0.99, log_interval=1)
     weights_ = [row["weight"] for row in train(config, tmp_path / "run", quiet=True, splits=splits).metrics]
-    assert 0.5 > weights_[0] > weights_[1] > weights_[2]  # at first the accuracy is far below the target
+    assert 0.5 > weights_[0] > weights_[1]  # at first the accuracy is far below the target
+    assert weights_[1] < weights_[-2] < weights_[-1]  # in the end there is accuracy to spare
 
 
 def test_micro_batches_adapt_the_weight_once(splits: Splits, tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_a_student_matches_its_teacher(splits: Splits, tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, objective="gradient-matching", teacher=str(tmp_path / "teacher"), epochs=4)
     for of in ("cross_entropy", "target_logit", "log_density"):
         penalties = []
-        for weight in (0.0, 5.0):
+        for weight in (0.0, 50.0):
             changed = dataclasses.replace(config, of=of, weight=weight)
             penalties.append(
                 train(changed, tmp_path / f"{of}{weight}", quiet=True, splits=splits).metrics[-1]["penalty"]
