@@ -63,5 +63,7 @@ def _check_scores(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
         if scores.dim() != 1 or len(scores) == 0:
             raise ValueError(f"{name} has shape {tuple(scores.shape)}; it must be (samples,), with at least one score")
         if bool(scores.isnan().any()):
-            raise ValueError(f"{name} holds NaN at {int(scores.isnan().sum())} of {len(scores)} samples; a score is a number")
+            raise ValueError(
+                f"{name} holds NaN at {int(scores.isnan().sum())} of {len(scores)} samples; a score is a number"
+            )
     return positive.detach().double(), negative.detach().double()

@@ -8,7 +8,17 @@ from typing import NamedTuple
 from torch import nn
 
 from ..training import data
-from . import accuracy, gradient_norm, leakage, robust_accuracy
+from . import (
+    accuracy,
+    autoattack,
+    calibration,
+    gradient_norm,
+    groups,
+    leakage,
+    out_of_distribution,
+    robust_accuracy,
+    sanity,
+)
 from .results import Results
 from .settings import ALL, EvaluationSettings
 
@@ -40,9 +50,14 @@ class Metric(NamedTuple):
 
 METRICS: dict[str, Metric] = {
     "accuracy": Metric(accuracy.measure),
+    "calibration": Metric(calibration.measure),
+    "groups": Metric(groups.measure),
     "pgd": Metric(robust_accuracy.measure),
+    "autoattack": Metric(autoattack.measure, unasked=False),
+    "sanity": Metric(sanity.measure, unasked=False),
     "leakage": Metric(leakage.measure, obstacle=_no_null_block),
     "gradient_norm": Metric(gradient_norm.measure),
+    "out_of_distribution": Metric(out_of_distribution.measure, unasked=False),
 }
 
 
