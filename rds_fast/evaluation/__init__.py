@@ -1,7 +1,7 @@
 """Attacks, attributions and the figures of a model as plain functions on tensors; the commands are built on them."""
 
 from ..attacks import pgd
-from .autoattack import autoattack
+from .auto_attack import autoattack
 from .calibration import expected_calibration_error, reliability
 from .detection import auroc, fpr_at_tpr
 from .groups import group_accuracies

@@ -30,7 +30,7 @@ def group_accuracies(right: Tensor, groups: Tensor, count: int) -> tuple[Tensor,
         raise ValueError(
             f"right has shape {tuple(right.shape)} and groups {tuple(groups.shape)}; both must be (N,), one a sample"
         )
-    if len(groups) and not (0 <= int(groups.min()) and int(groups.max()) < count):
+    if len(groups) and (int(groups.min()) < 0 or int(groups.max()) >= count):
         raise ValueError(
             f"groups run from {int(groups.min())} to {int(groups.max())}; with {count} groups they must be in "
             f"[0, {count})"

@@ -10,7 +10,7 @@ from torch import nn
 from ..training import data
 from . import (
     accuracy,
-    autoattack,
+    auto_attack,
     calibration,
     gradient_norm,
     groups,
@@ -53,7 +53,7 @@ METRICS: dict[str, Metric] = {
     "calibration": Metric(calibration.measure),
     "groups": Metric(groups.measure),
     "pgd": Metric(robust_accuracy.measure),
-    "autoattack": Metric(autoattack.measure, unasked=False),
+    "autoattack": Metric(auto_attack.measure, unasked=False),
     "sanity": Metric(sanity.measure, unasked=False),
     "leakage": Metric(leakage.measure, obstacle=_no_null_block),
     "gradient_norm": Metric(gradient_norm.measure),

@@ -6,19 +6,20 @@ under L∞ PGD of radius ε,
 
     unmoved          at ε = 0 every sample is classified as it is without an attack;
     falling          A does not rise from one radius to a larger one, whose ball holds the smaller one's;
-    reaching zero    A(1) = 0: that ball is all of [0, 1]^D, so x' may be an image of any class. (A(½) may keep the share
-                     of one class: every ball of radius ½ holds the uniformly grey image, which is given one class.)
+    reaching zero    A(1) = 0: that ball is all of [0, 1]^D, so x' may be an image of any class. (A(½) may keep the
+                     share of one class: each ball of radius ½ holds the uniformly grey image, which has one class.)
     gradient-free    the Square attack, which sees no gradient, does not break more samples than PGD;
     more steps       PGD of more steps does not break fewer samples;
     gradients        the cross-entropy has an input gradient that is not zero throughout.
 
 A difference between two attacks counts beyond two standard errors of it on the same samples
-(``robust_accuracy.outlasts``); A(1), and the share without a gradient, may be up to 1%. A model whose answer is the same
-everywhere cannot be told from a masked one: it fails, too, and rightly so.
+(``robust_accuracy.outlasts``); A(1), and the share without a gradient, may be up to 1%. A model that gives every input
+the same class cannot be told from a masked one, and fails.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -78,7 +79,7 @@ def checks(observed: Observations) -> list[Check]:
     radii, steps = sorted(observed.at_radius), sorted(observed.after_steps)
     rises = [
         f"{_percent(observed.at_radius[low])} at ε = {low:g} and {_percent(observed.at_radius[high])} at {high:g}"
-        for low, high in zip(radii, radii[1:], strict=False)
+        for low, high in itertools.pairwise(radii)
         if outlasts(observed.at_radius[high], observed.at_radius[low])
     ]
     most = observed.after_steps[steps[-1]]
@@ -138,8 +139,20 @@ def observe(model: nn.Module, split: data.Split, settings: EvaluationSettings) -
 
     def under_pgd(radius: float, steps: int, step_size: float | None) -> Tensor:
         generator = torch.Generator(split.labels.device).manual_seed(settings.seed)
-        attack = {"steps": steps, "step_size": step_size, "restarts": settings.restarts, "generator": generator}
-        return over_batches(split, settings, lambda x, y: robust_to_pgd(model, x, y, radius, **attack))
+
+        def outcome(x: Tensor, y: Tensor) -> Tensor:
+            return robust_to_pgd(
+                model,
+                x,
+                y,
+                radius,
+                steps=steps,
+                step_size=step_size,
+                restarts=settings.restarts,
+                generator=generator,
+            )
+
+        return over_batches(split, settings, outcome)
 
     few = sorted({1, max(1, settings.steps // 4)} - {settings.steps})
     after_steps = {steps: under_pgd(epsilon, steps, None) for steps in few}

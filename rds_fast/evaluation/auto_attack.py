@@ -49,7 +49,7 @@ class AutoAttackOutcome(NamedTuple):
 
     Attributes:
         moved: (N, C, H, W): the adversarial input that was found; where none was, x.
-        robust: "natural", then each attack in its turn -> (N,), bool: classified rightly so far. The last is the result.
+        robust: "natural", then each attack in its turn -> (N,), bool: classified rightly so far. The last counts.
         notes: which attacks were left out or exchanged, and why.
     """
 
