@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import nn
 
 from ..training import data
-from . import accuracy, gradient_norm, leakage, robust_accuracy
+from . import (
+    accuracy,
+    auto_attack,
+    calibration,
+    gradient_norm,
+    groups,
+    leakage,
+    out_of_distribution,
+    robust_accuracy,
+    sanity,
+)
 from .results import Results
 from .settings import ALL, EvaluationSettings
 
@@ -22,6 +33,19 @@ def _nothing(split: data.Split, settings: EvaluationSettings) -> str | None:
 
 def _no_null_block(split: data.Split, settings: EvaluationSettings) -> str | None:
     return "these data have no null block" if getattr(split, "signal_on_top", None) is None else None
+
+
+def _no_groups(split: data.Split, settings: EvaluationSettings) -> str | None:
+    return "these data have no groups" if split.group_names is None else None
+
+
+def _no_other_data(split: data.Split, settings: EvaluationSettings) -> str | None:
+    return None if settings.ood_data else "no other data are named in ood_data"
+
+
+def _no_autoattack(split: data.Split, settings: EvaluationSettings) -> str | None:
+    found = importlib.util.find_spec("pyautoattack")
+    return "pyautoattack is not installed" if found is None else None
 
 
 class Metric(NamedTuple):
@@ -40,9 +64,14 @@ class Metric(NamedTuple):
 
 METRICS: dict[str, Metric] = {
     "accuracy": Metric(accuracy.measure),
+    "calibration": Metric(calibration.measure),
+    "groups": Metric(groups.measure, obstacle=_no_groups),
     "pgd": Metric(robust_accuracy.measure),
+    "autoattack": Metric(auto_attack.measure, unasked=False, obstacle=_no_autoattack),
+    "sanity": Metric(sanity.measure, unasked=False),
     "leakage": Metric(leakage.measure, obstacle=_no_null_block),
     "gradient_norm": Metric(gradient_norm.measure),
+    "out_of_distribution": Metric(out_of_distribution.measure, unasked=False, obstacle=_no_other_data),
 }
 
 
