@@ -54,7 +54,9 @@ def evaluate(
     Prints a table and writes evaluation.json into the run's folder.
     """
     _require_output()
-    settings = EvaluationSettings(linf, l2, steps, seed, limit, batch_size)
+    settings = EvaluationSettings(
+        linf_epsilon=linf, l2_epsilon=l2, steps=steps, seed=seed, limit=limit, batch_size=batch_size
+    )
     figures = evaluate_run(run, settings, split=split, device=device)
     print_table(f"{figures.samples} {split} samples", {run.name: [figures]}, settings)
     if figures.leakage is None:
@@ -100,7 +102,7 @@ def sweep(
         record = run_sweep(
             out,
             base,
-            EvaluationSettings(linf, l2, steps),
+            EvaluationSettings(linf_epsilon=linf, l2_epsilon=l2, steps=steps),
             objectives=objective or PENALTIES,
             weights=weight or WEIGHTS,
             seeds=range(seeds),

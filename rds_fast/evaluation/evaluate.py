@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,33 +20,9 @@ from ..training.devices import resolve_device
 from ..training.names import check_name
 from .attacks import pgd
 from .leakage import feature_leakage, input_gradient
+from .settings import EvaluationSettings
 
 SPLITS = ("test", "validation")
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationSettings:
-    """What decides the figures besides the model and the data.
-
-    The radii are for images in [0, 1]. On BlockMNIST cross-entropy alone loses nearly all of its accuracy at either.
-    """
-
-    linf_epsilon: float = 0.1
-    l2_epsilon: float = 1.0
-    steps: int = 40
-    seed: int = 0  # of the attacks' random starts, and of the choice of samples where limit is given
-    limit: int | None = None  # this many samples, drawn at random, instead of the whole split
-    batch_size: int = 500  # samples at a time; it decides the memory, and how the random starts are dealt out
-
-    def __post_init__(self) -> None:
-        for name in ("linf_epsilon", "l2_epsilon"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} is {value}; it must be 0 or more and finite")
-        for name in ("steps", "batch_size", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +164,7 @@ def evaluation_record(
     return {
         "split": split,
         "figures": dataclasses.asdict(figures),
-        "settings": dataclasses.asdict(settings),
+        "settings": settings.to_settings(),
         "training": json.loads(config.to_json()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": runs.versions(),

@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from ..reference import accumulation_dtype
+from ..training import data
+from .results import Results
+from .samples import batches_of
+from .settings import EvaluationSettings
+
+
+def measure(model: nn.Module, split: data.Split, settings: EvaluationSettings) -> Results:
+    """``leakage`` and ``share``: the means of both forms of ``feature_leakage`` of ∇ₓ f_y.
+
+    The share's mean is over the samples that have a gradient; None where none has one.
+
+    Raises:
+        ValueError: the data have no null block.
+    """
+    parts = [
+        feature_leakage(input_gradient(model, data.in_unit_interval(batch.images), batch.labels), batch.null_mask)
+        for batch in batches_of(split, settings.batch_size)
+    ]
+    absolute, share = (torch.cat(part).double() for part in zip(*parts, strict=True))
+    mean_share = float(share.nanmean())
+    return Results({"leakage": float(absolute.mean()), "share": None if math.isnan(mean_share) else mean_share})
 
 
 def input_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

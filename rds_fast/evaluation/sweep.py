@@ -208,7 +208,7 @@ def _open_record(path: Path, base: TrainingConfig, settings: EvaluationSettings)
         "rule": RULE,
         "command": "",
         "training": shared,
-        "evaluation": dataclasses.asdict(settings),
+        "evaluation": settings.to_settings(),
         "split": "validation",
         "versions": runs.versions(),
         "device": resolve_device(base.device).type,

@@ -119,7 +119,7 @@ def test_a_run_gets_its_evaluation_json(finished_run: Path, splits: Splits) -> N
     record = json.loads((finished_run / "evaluation.json").read_text())
     assert record["split"] == "test"
     assert Figures(**record["figures"]) == test
-    assert EvaluationSettings(**record["settings"]) == settings
+    assert EvaluationSettings.from_settings(record["settings"]) == settings
     assert record["training"]["objective"] == "density"
     assert record["device"] == "cpu"
     validation = evaluate_run(finished_run, settings, split="validation", device="cpu", splits=splits)

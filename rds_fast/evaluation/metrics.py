@@ -1,0 +1,67 @@
+"""The metrics by name: what measures each, which are measured unasked, and what each needs of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import nn
+
+from ..training import data
+from . import accuracy, gradient_norm, leakage, robust_accuracy
+from .results import Results
+from .settings import ALL, EvaluationSettings
+
+Measure = Callable[[nn.Module, data.Split, EvaluationSettings], Results]
+Obstacle = Callable[[data.Split, EvaluationSettings], str | None]
+
+
+def _nothing(split: data.Split, settings: EvaluationSettings) -> str | None:
+    return None
+
+
+def _no_null_block(split: data.Split, settings: EvaluationSettings) -> str | None:
+    return "these data have no null block" if getattr(split, "signal_on_top", None) is None else None
+
+
+class Metric(NamedTuple):
+    """One metric.
+
+    Attributes:
+        measure: of a model in eval mode and a split on its device.
+        unasked: it is cheap, and measured where no metric is named.
+        obstacle: why it cannot be measured on a split with some settings; None if it can.
+    """
+
+    measure: Measure
+    unasked: bool = True
+    obstacle: Obstacle = _nothing
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric(accuracy.measure),
+    "pgd": Metric(robust_accuracy.measure),
+    "leakage": Metric(leakage.measure, obstacle=_no_null_block),
+    "gradient_norm": Metric(gradient_norm.measure),
+}
+
+
+def chosen(split: data.Split, settings: EvaluationSettings) -> tuple[dict[str, Metric], tuple[str, ...]]:
+    """The metrics to measure, in the order of ``METRICS``, and a note on each that was left out.
+
+    Raises:
+        ValueError: a metric that was asked for by its name cannot be measured; the message says why.
+    """
+    named = set(settings.metrics) - {ALL}
+    metrics, notes = {}, []
+    for name, metric in METRICS.items():
+        if name not in named and ALL not in settings.metrics and (settings.metrics or not metric.unasked):
+            continue
+        reason = metric.obstacle(split, settings)
+        if reason is None:
+            metrics[name] = metric
+        elif name in named:
+            raise ValueError(f"the metric {name} cannot be measured: {reason}. Leave it out, or mend that")
+        else:
+            notes.append(f"{name} is left out: {reason}.")
+    return metrics, tuple(notes)
