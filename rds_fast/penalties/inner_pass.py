@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..backends import use_backend
 from ..double_backward import fast_double_backward
 from ..ops.gradient_norm import gradient_norm
-from ..ops.logsumexp import autocast_enabled
+from ..ops.logsumexp import autocast_enabled, without_autocast
 from .checks import check_autograd, check_input, check_logits, check_model, no_path
 
 # The cotangent of the inner pass where it may run in float16. It lifts what lies below 6e-8, float16's least number,
@@ -97,11 +97,6 @@ def _in_float16(output: Tensor, x: Tensor) -> bool:
     if torch.float16 in (output.dtype, x.dtype):
         return True
     return autocast_enabled(x.device) and torch.get_autocast_dtype(x.device.type) == torch.float16
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Autocast off inside; nothing at all where it is off already."""
-    return torch.autocast(device.type, enabled=False) if autocast_enabled(device) else nullcontext()
 
 
 class RandomState:
