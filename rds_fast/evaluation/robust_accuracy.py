@@ -7,9 +7,9 @@ import functools
 import torch
 from torch import nn
 
+from ..attacks.pgd import pgd
 from ..training import data
 from .accuracy import classified_rightly
-from .attacks import pgd
 from .results import Results
 from .samples import batches_of
 from .settings import EvaluationSettings
