@@ -86,7 +86,7 @@ class EvaluationSettings:
     attribution_keep: str = _setting(
         "top_k",
         "Attributions",
-        "The iterate that the attribution attack keeps: of the least top-k intersection, or of the least Kendall's tau.",
+        "The iterate that the attribution attack keeps: of the least top-k intersection or Kendall's tau.",
         names=("top_k", "kendall"),
     )
     path_steps: int = _setting(100, "Attributions", "Points of the path of integrated gradients.", least=1)
