@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 from ..attacks.ball import ascent_direction, displace, largest_not_above, project, uniform_point
 from ..attacks.pgd import detached
-from ..double_backward import fast_double_backward
+from ..penalties.integrated_gradients import PathTerms, integrated_gradients, path_terms
 from ..reference import accumulation_dtype
 from ..training.names import check_name
-from .attributions import integrate_gradients, pixel_scores
+from .attributions import pixel_scores
 from .rank_correlation import kendall_tau, top_k_intersection, top_k_mask
 
 KEEP = ("top_k", "kendall")
@@ -131,13 +130,11 @@ class _Attack:
         keep: str,
         softplus: float | None,
     ) -> None:
-        self.model, self.x, self.y, self.softplus = model, x, y, softplus
+        self.model, self.x, self.y = model, x, y
+        self.smooth = model if softplus is None else functools.partial(_with_softplus, model, softplus)
         self.steps = attack_path_steps
         self.predicted = self._predict(x)
-        # As many points at once as in the attack, which has more of samples and less of each.
-        size = max(1, len(x) * attack_path_steps // path_steps)
-        parts = zip(x.split(size), y.split(size), strict=True)
-        scores = torch.cat([self._scores(*part, path_steps)[0] for part in parts])
+        scores = pixel_scores(integrated_gradients(model, x, y, 0.0, steps=path_steps, of="target_logit"))
         self.top = top_k_mask(scores, k)
         self.likeness = functools.partial(top_k_intersection, scores, k=k)
         if keep == "kendall":
@@ -149,32 +146,36 @@ class _Attack:
     def _predict(self, x: Tensor) -> Tensor:
         return self.model(x).argmax(1)
 
-    def _scores(self, x: Tensor, y: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        attribution, logits = integrate_gradients(self.model, x.detach().requires_grad_(), y, steps)
-        return pixel_scores(attribution.detach()), logits.detach()
-
     def gradient(self, moved: Tensor) -> Tensor:
         """∇ of the share of the attribution that is on T."""
         moved = moved.detach().requires_grad_()
-        with fast_double_backward(), nullcontext() if self.softplus is None else _SoftplusForReLU(self.softplus):
-            attribution, _ = integrate_gradients(self.model, moved, self.y, self.steps, create_graph=True)
-        scores = pixel_scores(attribution)
+        scores = pixel_scores(self._path(self.smooth, moved, create_graph=True).attribution)
         total = scores.sum(1)
         share = (scores * self.top).sum(1) / torch.where(total == 0, 1.0, total)
         return torch.autograd.grad(share.sum(), moved)[0]
 
     def offer(self, moved: Tensor) -> None:
         """Keep the samples of ``moved`` that are less like x than what was kept, and predicted alike."""
-        scores, logits = self._scores(moved, self.y, self.steps)
-        likeness = self.likeness(scores)
+        attribution, logits = self._path(self.model, moved, create_graph=False)
+        likeness = self.likeness(pixel_scores(attribution))
         better = (likeness < self.least) & (logits.argmax(1) == self.predicted)
         self.least = torch.where(better, likeness, self.least)
         self.moved = torch.where(better.view(-1, *[1] * (moved.dim() - 1)), moved, self.moved)
+
+    def _path(self, model: Callable[[Tensor], Tensor], moved: Tensor, *, create_graph: bool) -> PathTerms:
+        black = torch.zeros_like(moved)
+        return path_terms(model, moved, self.y, black, self.steps, create_graph=create_graph, of="target_logit")
 
     def best(self) -> Tensor:
         # Predicted once more, in a batch as large as x: in another one, sums that round otherwise could tip the scale.
         same = self._predict(self.moved) == self.predicted
         return torch.where(same.view(-1, *[1] * (self.x.dim() - 1)), self.moved, self.x)
+
+
+def _with_softplus(model: Callable[[Tensor], Tensor], beta: float, x: Tensor) -> Tensor:
+    """The logits of the model with softplus in place of ReLU."""
+    with _SoftplusForReLU(beta):
+        return model(x)
 
 
 class _SoftplusForReLU(TorchFunctionMode):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -16,7 +15,6 @@ from .rank_correlation import kendall_tau, spearman, top_k_intersection
 from .results import Results
 from .samples import batches_of, drawn
 from .settings import EvaluationSettings
-
 
 FIGURES = ("top_k_intersection", "kendall_tau", "spearman")
 
@@ -75,10 +73,8 @@ def _compare(
 
 
 def _scores(model: nn.Module, x: Tensor, y: Tensor, settings: EvaluationSettings) -> Tensor:
-    """(N, P): the pixel scores of the integrated gradients, some samples at a time."""
-    attribute = functools.partial(attributions, model, method="integrated_gradients", path_steps=settings.path_steps)
-    size = max(1, settings.batch_size // settings.path_steps)
-    return torch.cat([pixel_scores(attribute(*part)) for part in zip(x.split(size), y.split(size), strict=True)])
+    """(N, P): the pixel scores of the integrated gradients."""
+    return pixel_scores(attributions(model, x, y, "integrated_gradients", path_steps=settings.path_steps))
 
 
 def _radius(settings: EvaluationSettings) -> float:

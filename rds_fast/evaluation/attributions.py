@@ -8,8 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..attacks.pgd import detached
-from ..reference import accumulation_dtype
+from ..penalties.integrated_gradients import integrated_gradients
 from ..training.extras import require
 from ..training.names import check_name
 from .leakage import input_gradient
@@ -44,7 +43,7 @@ def attributions(
         x: samples (N, ...), floating.
         y: class indices (N,).
         method: one of ``METHODS``.
-        path_steps: m, of integrated_gradients; all N·m points are one batch.
+        path_steps: m, of integrated_gradients (``rds_fast.integrated_gradients``).
         noise, noise_samples, seed: of smoothgrad: standard deviation in the units of x, how many n, and what decides
             them; PyTorch's own generator is left as it was.
 
@@ -59,43 +58,11 @@ def attributions(
     if method == "input_gradient":
         return input_gradient(model, x, y)
     if method == "integrated_gradients":
-        with torch.enable_grad():
-            attribution, _ = integrate_gradients(detached(model), x.detach().requires_grad_(), y, path_steps)
-        return attribution.detach()
+        return integrated_gradients(model, x, y, 0.0, steps=path_steps, of="target_logit")
     x = x.detach().clone().requires_grad_()
     if method == "smoothgrad":
         return _smoothgrad(model, x, y, noise, noise_samples, seed)
     return _CAPTUM[method](model, x, y).detach()
-
-
-def integrate_gradients(
-    model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, steps: int, *, create_graph: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Integrated gradients of f_y from the zero input to x, and the logits of x.
-
-    The right Riemann sum x ⊙ (1/m) Σₖ ∇f_y(k x / m) over k = 1..m, as in the evaluation code of Chen et al. (2019); its
-    last point is x itself, so the logits come for nothing.
-
-    Args:
-        model: maps (N, ...) to logits (N, C). Its N·m points are one batch.
-        x: samples (N, ...), requiring a gradient.
-        y: class indices (N,).
-        steps: m, at least 1.
-        create_graph: the results can be differentiated with respect to x.
-
-    Returns:
-        (N, ...) and (N, C).
-    """
-    if steps < 1:
-        raise ValueError(f"the path has {steps} points; it needs 1 or more")
-    accumulation = accumulation_dtype(x.dtype)
-    shares = torch.arange(1, steps + 1, device=x.device, dtype=accumulation) / steps
-    points = (shares.view(-1, *[1] * x.dim()) * x).to(x.dtype).flatten(0, 1)
-    logits = model(points)
-    targets = logits.gather(1, y.repeat(steps)[:, None])
-    (gradients,) = torch.autograd.grad(targets.sum(), points, create_graph=create_graph)
-    mean = gradients.reshape(steps, *x.shape).mean(0, dtype=accumulation)
-    return (x * mean).to(x.dtype), logits[len(logits) - len(x) :]
 
 
 def pixel_scores(attribution: Tensor) -> Tensor:

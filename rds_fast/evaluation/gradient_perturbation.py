@@ -86,13 +86,13 @@ def unit_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return flat.view(x.shape)
 
 
-def _describe(
-    results: Results, name: str, distances: list[float], accuracy: list[float], change: list[float]
-) -> None:
+def _describe(results: Results, name: str, distances: list[float], accuracy: list[float], change: list[float]) -> None:
     followed = {"input_perturbation": "the true class's logit", "density_perturbation": "log p"}[name]
     label = f"L2 distance along the gradient of {followed}"
     results.curves[f"{name}_accuracy"] = Curve(label, "accuracy", tuple(distances), tuple(accuracy))
     results.curves[f"{name}_change"] = Curve(label, f"change of {followed}", tuple(distances), tuple(change))
     middle = len(distances) // 2
     for side, part in (("down", slice(middle + 1)), ("up", slice(middle, None))):
-        results.scalars[f"{name}_{side}_auc"] = area(Curve(label, "accuracy", tuple(distances[part]), tuple(accuracy[part])))
+        results.scalars[f"{name}_{side}_auc"] = area(
+            Curve(label, "accuracy", tuple(distances[part]), tuple(accuracy[part]))
+        )

@@ -40,9 +40,7 @@ def measure(model: nn.Module, split: data.Split, settings: EvaluationSettings) -
     return Results({f"pixel_{order}_auc": area(curves[f"pixel_{order}_accuracy"]) for order in ORDERS}, curves)
 
 
-def remove_pixels(
-    x: Tensor, scores: Tensor, ratio: float, *, order: str = "most", fill: float | None = None
-) -> Tensor:
+def remove_pixels(x: Tensor, scores: Tensor, ratio: float, *, order: str = "most", fill: float | None = None) -> Tensor:
     """The samples without a share of their pixels.
 
     Args:
@@ -93,9 +91,7 @@ def _measure(
     """(N, ratios + 1) of each curve: right or not, and the probability of the true class."""
     x, y = data.in_unit_interval(batch.images), batch.labels
     method = settings.perturbation_attribution
-    scores = pixel_scores(
-        attributions(model, x, y, method, path_steps=settings.path_steps, seed=settings.seed)
-    )
+    scores = pixel_scores(attributions(model, x, y, method, path_steps=settings.path_steps, seed=settings.seed))
     figures = {}
     for order in ORDERS:
         remove = functools.partial(remove_pixels, x, scores, order=order, fill=fill)
@@ -115,4 +111,4 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
 
 def _samples_at_once(settings: EvaluationSettings) -> int:
     """How many inputs of the model one sample makes, at most, at a time."""
-    return {"integrated_gradients": settings.path_steps, "smoothgrad": 25}.get(settings.perturbation_attribution, 1)
+    return 25 if settings.perturbation_attribution == "smoothgrad" else 1

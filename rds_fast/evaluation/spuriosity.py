@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
-
-from ..training import data
-from .accuracy import classified_rightly
-from .results import Results
-from .samples import batches_of
-from .settings import EvaluationSettings
+from torch import Tensor
 
 
 class ClassGap(NamedTuple):
