@@ -93,6 +93,5 @@ def _describe(results: Results, name: str, distances: list[float], accuracy: lis
     results.curves[f"{name}_change"] = Curve(label, f"change of {followed}", tuple(distances), tuple(change))
     middle = len(distances) // 2
     for side, part in (("down", slice(middle + 1)), ("up", slice(middle, None))):
-        results.scalars[f"{name}_{side}_auc"] = area(
-            Curve(label, "accuracy", tuple(distances[part]), tuple(accuracy[part]))
-        )
+        curve = Curve(label, "accuracy", tuple(distances[part]), tuple(accuracy[part]))
+        results.scalars[f"{name}_{side}_auc"] = area(curve)

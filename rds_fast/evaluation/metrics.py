@@ -8,7 +8,16 @@ from typing import NamedTuple
 from torch import nn
 
 from ..training import data
-from . import accuracy, gradient_norm, leakage, robust_accuracy
+from . import (
+    accuracy,
+    attribution_robustness,
+    gradient_norm,
+    gradient_perturbation,
+    leakage,
+    pixel_perturbation,
+    robust_accuracy,
+    spuriosity,
+)
 from .results import Results
 from .settings import ALL, EvaluationSettings
 
@@ -18,6 +27,12 @@ Obstacle = Callable[[data.Split, EvaluationSettings], str | None]
 
 def _nothing(split: data.Split, settings: EvaluationSettings) -> str | None:
     return None
+
+
+def _no_spuriosity(split: data.Split, settings: EvaluationSettings) -> str | None:
+    if settings.spuriosity is None:
+        return "no file of spuriosity scores is given"
+    return None if settings.limit is None else "spuriosity scores are of the whole split, and a limit is given"
 
 
 def _no_null_block(split: data.Split, settings: EvaluationSettings) -> str | None:
@@ -43,6 +58,10 @@ METRICS: dict[str, Metric] = {
     "pgd": Metric(robust_accuracy.measure),
     "leakage": Metric(leakage.measure, obstacle=_no_null_block),
     "gradient_norm": Metric(gradient_norm.measure),
+    "attribution": Metric(attribution_robustness.measure, unasked=False),
+    "pixel_perturbation": Metric(pixel_perturbation.measure, unasked=False),
+    "gradient_perturbation": Metric(gradient_perturbation.measure, unasked=False),
+    "spuriosity": Metric(spuriosity.measure, unasked=False, obstacle=_no_spuriosity),
 }
 
 

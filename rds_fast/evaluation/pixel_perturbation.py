@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ def remove_pixels(x: Tensor, scores: Tensor, ratio: float, *, order: str = "most
 def area(curve: Curve) -> float:
     """The area under a curve by the trapezoid rule, from its first x to its last."""
     points = list(zip(curve.x, curve.y, strict=True))
-    return sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False))
+    return sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in itertools.pairwise(points))
 
 
 def _mean_of_kept(values: Tensor, removed: Tensor) -> Tensor:
