@@ -221,7 +221,7 @@ def test_settings_of_a_resumed_run_are_its_own(root: Path, tmp_path: Path, call:
         (("--data-root", "/nowhere"), "error: the data root /nowhere is not a folder"),
         (
             ("--data", "imagefolder"),
-            "error: data is 'imagefolder' and data_root is missing; give the folder of",
+            "error: data is 'imagefolder' and data_root is missing; give the folder that",
         ),
         (
             ("--data", "imagefolder", "--data-root", "/nowhere"),
@@ -229,7 +229,7 @@ def test_settings_of_a_resumed_run_are_its_own(root: Path, tmp_path: Path, call:
         ),
         (("--data", "synthetic", "--data-root", "/nowhere"), "--data-root would have no effect: it belongs to data"),
         (("--classes", 5), "--classes would have no effect: it belongs to data synthetic, and data is block-mnist"),
-        (("--workers", 2), "--workers would have no effect: it belongs to data imagefolder"),
+        (("--workers", 2), "--workers would have no effect: it belongs to data tiny-imagenet or gtsrb or"),
         (("--accumulate", 3), "error: batch_size is 100 and accumulate is 3, which does not divide it"),
         (("--optimizer", "sgd", "--nesterov", "--momentum", 0), "error: nesterov is given and momentum is 0"),
         (("--resume",), "holds no run: there is no config.json"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 from . import data as data_sets  # a setting is called data
@@ -22,12 +23,12 @@ DEVICES = ("auto", "cpu", "cuda")
 AMP = ("none", "bf16", "fp16")
 
 _COUNTS = (
-    *("image_size", "classes", "train_size", "epochs", "batch_size", "accumulate"),
+    *("image_size", "classes", "train_size", "cutout", "epochs", "batch_size", "accumulate"),
     *("threads", "workers", "log_interval", "checkpoint_interval"),
 )
 
 # Where a run goes on, these may differ: they decide where and how it is watched, not what is computed.
-RESUMABLE_CHANGES = ("device", "threads", "workers", "log_interval", "checkpoint_interval")
+RESUMABLE_CHANGES = ("device", "threads", "workers", "download", "log_interval", "checkpoint_interval")
 
 
 def _setting(
@@ -45,6 +46,11 @@ def _setting(
     return dataclasses.field(default=default, metadata={"group": group, "help": help, "names": names, "only": only})
 
 
+def _data_sets(which: Callable[[data_sets.DataSet], bool]) -> tuple[str, *tuple[str, ...]]:
+    """The data sets with which a setting has an effect, for ``only``."""
+    return ("data", *(name for name, known in data_sets.DATA_SETS.items() if which(known)))
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
     """Everything that decides a run. The defaults train the density penalty on BlockMNIST in seconds.
@@ -57,21 +63,44 @@ class TrainingConfig:
     data_root: str | None = _setting(
         None,
         "Data",
-        "Folder of the four IDX files, instead of the packaged images; imagefolder: of train/CLASS and val/CLASS.",
-        only=("data", *data_sets.FROM_DISK),
+        "Folder of the data's files; the digits and clothes have packaged ones besides.",
+        only=_data_sets(lambda known: known.source is not None),
+    )
+    download: bool = _setting(
+        False, "Data", "Fetch what is missing into data-root.", only=_data_sets(lambda known: known.source is not None)
     )
     data_seed: int = _setting(
-        0, "Data", "Decides the splits, which block is on top, and synthetic images.", only=("data", *data_sets.SEEDED)
+        0,
+        "Data",
+        "Decides the splits, which block is on top, and synthetic images.",
+        only=_data_sets(lambda known: known.seeded),
     )
     image_size: int = _setting(
         224,
         "Data",
-        "Height and width of the images of synthetic and imagefolder.",
-        only=("data", "synthetic", "imagefolder"),
+        "Height and width of the images, of data that come in any size.",
+        only=_data_sets(lambda known: known.shape is None),
     )
     classes: int = _setting(1000, "Data", "The number of classes of synthetic.", only=("data", "synthetic"))
     train_size: int = _setting(
         4096, "Data", "Training images of synthetic; validation has an eighth of that.", only=("data", "synthetic")
+    )
+
+    augment: str = _setting(
+        "auto",
+        "Data",
+        "Random changes of training images: crops with 4 pixels more on each side, flips, a square painted over. auto: "
+        "resized-crop-flip of photographs that are read from files, else none.",
+        names=("auto", *data_sets.AUGMENTATIONS),
+    )
+    cutout: int = _setting(
+        16, "Data", "Side of that square in pixels.", only=("augment", "crop-cutout", "crop-flip-cutout")
+    )
+    normalize: bool = _setting(
+        False,
+        "Data",
+        "Subtract the training data's mean and divide by their deviation, of each channel, inside the model; attacks "
+        "and penalties still see pixels in [0, 1].",
     )
 
     objective: str = _setting("density", "Objective", "The penalty, if any.", names=OBJECTIVES)
@@ -144,8 +173,8 @@ class TrainingConfig:
     workers: int | None = _setting(
         None,
         "Running",
-        "Processes that decode the images of imagefolder; 0: this one (default: one for each core).",
-        only=("data", "imagefolder"),
+        "Processes that decode images from files; 0: this one (default: one for each core).",
+        only=_data_sets(lambda known: known.decoded),
     )
     log_interval: int = _setting(50, "Running", "Steps between rows of metrics; on a GPU each costs a wait.")
     checkpoint_interval: int | None = _setting(None, "Running", "Steps between checkpoints, besides each epoch's end.")
@@ -167,6 +196,12 @@ class TrainingConfig:
         """(channels, height, width) of the images."""
         return data_sets.image_shape(self.data, self.image_size)
 
+    @property
+    def augmentation(self) -> data_sets.Augmentation:
+        """How training images are changed."""
+        usual = "resized-crop-flip" if data_sets.DATA_SETS[self.data].from_files else "none"
+        return data_sets.augmentation(usual if self.augment == "auto" else self.augment, self.cutout)
+
     def load_data(self) -> data_sets.Splits:
         """The data that are named here; raises as ``data.load`` does."""
         return data_sets.load(
@@ -177,6 +212,7 @@ class TrainingConfig:
             classes=self.classes,
             train_size=self.train_size,
             workers=self.workers,
+            download=self.download,
         )
 
     def _check_together(self) -> None:
@@ -188,8 +224,8 @@ class TrainingConfig:
             )
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov is given and momentum is 0; it needs a momentum above 0")
-        if self.data == "imagefolder" and self.data_root is None:
-            raise ValueError("data is 'imagefolder' and data_root is missing; give the folder of train and val")
+        data_sets.check_root(self.data, self.data_root)
+        self._check_augmentation()
         for value in ("lr", "weight"):
             if getattr(self, f"{value}_schedule") == "step" and not getattr(self, f"{value}_milestones"):
                 raise ValueError(
@@ -199,6 +235,18 @@ class TrainingConfig:
             raise ValueError(
                 f"weight_schedule is {self.weight_schedule!r} and weight_warmup_epochs is {self.weight_warmup_epochs}; "
                 "'linear' and 'cosine' need the epochs they take, and nothing else does"
+            )
+
+    def _check_augmentation(self) -> None:
+        known, augment = data_sets.DATA_SETS[self.data], self.augment
+        if augment == "resized-crop-flip" and not known.from_files:
+            raise ValueError(
+                f"augment is {augment!r} and the images of {self.data} have one size; use 'crop' or 'crop-flip'"
+            )
+        if "flip" in augment and not known.mirrored:
+            raise ValueError(
+                f"augment is {augment!r}, which mirrors images, and a {self.data} image in a mirror is another sign or "
+                f"none; use {augment.replace('-flip', '')!r}"
             )
 
     def _check_names(self) -> None:

@@ -21,6 +21,7 @@ from .devices import cpu_threads, peak_memory_bytes, reset_peak_memory, resolve_
 from .display import Display
 from .extras import require
 from .interruption import Interruption
+from .normalization import channel_statistics
 from .objectives import Objective
 from .optimization import learning_rate_schedule
 from .order import Order
@@ -127,7 +128,8 @@ class _Run:
         self.steps_per_epoch = self.order.steps_per_epoch
         self.objective = Objective(config, self.steps_per_epoch)
         self.learning_rate = learning_rate_schedule(config, self.steps_per_epoch)
-        self.state = TrainingState(config, device, self.training.classes)
+        normalization = channel_statistics(self.training) if config.normalize else None
+        self.state = TrainingState(config, device, self.training.classes, normalization)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.display = Display(config.epochs, self.total_steps, quiet)
         self.uncollected: list[Tensor] = []  # the losses of the last steps, so that not every step waits for the GPU
@@ -143,7 +145,7 @@ class _Run:
         self.last_row = (state.step, state.seconds)
         display.begin(state.step)
         with Interruption() as interruption, display:
-            batches = self.training.batches(self.order.batches(state.step, self.total_steps))
+            batches = self.training.batches(self.order.batches(state.step, self.total_steps), config.augmentation)
             while state.step < self.total_steps:
                 with self._stopwatch():
                     self._train_step(*self._next(batches))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from types import ModuleType
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from .extras import require_torchvision
 from .names import check_name
+from .normalization import NormalizedModel
+from .wide_resnet import wide_resnet
 
 Shape = tuple[int, int, int]
 
@@ -43,6 +46,32 @@ def cnn(image_shape: Shape, classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * height * width, 128), nn.ReLU(), nn.Linear(128, classes))
 
 
+def rar_cnn(image_shape: Shape, classes: int) -> nn.Module:
+    """The network of robust attribution regularisation on MNIST and Fashion-MNIST (Chen et al. 2019).
+
+    Two 5×5 convolutions of 32 and 64 channels, each with a ReLU and a 2×2 max pooling after it, and a layer of 1,024
+    rectified units; PyTorch's initial weights.
+    """
+    channels, height, width = image_shape
+    return nn.Sequential(
+        nn.Conv2d(channels, 32, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * (height // 4) * (width // 4), 1024),
+        nn.ReLU(),
+        nn.Linear(1024, classes),
+    )
+
+
+def wide_resnet_28_10(image_shape: Shape, classes: int) -> nn.Module:
+    """WRN-28-10 without dropout."""
+    return wide_resnet(image_shape[0], classes, depth=28, widening=10)
+
+
 def _torchvision_models() -> ModuleType:
     return require_torchvision("torchvision.models", "a ResNet or VGG")
 
@@ -64,11 +93,11 @@ def _resnet(name: str) -> Callable[[Shape, int], nn.Module]:
     return build
 
 
-def vgg11(image_shape: Shape, classes: int) -> nn.Module:
-    """VGG-11's convolutions without normalisation, and one linear layer on their average, as is usual at this size."""
+def vgg11(image_shape: Shape, classes: int, batch_norm: bool = False) -> nn.Module:
+    """VGG-11's convolutions, with or without batch norm, and a linear layer on their average, as is usual at 32×32."""
     channels, height, width = image_shape
     vgg = _torchvision_models().vgg
-    features = list(vgg.make_layers(vgg.cfgs["A"], batch_norm=False))
+    features = list(vgg.make_layers(vgg.cfgs["A"], batch_norm=batch_norm))
     features[0] = nn.Conv2d(channels, 64, 3, padding=1)
     if min(height, width) < 32:  # the fifth pooling would leave nothing
         features.pop()
@@ -83,15 +112,18 @@ def vgg11(image_shape: Shape, classes: int) -> nn.Module:
 _BUILDERS: dict[str, Callable[[Shape, int], nn.Module]] = {
     "mlp": mlp,
     "cnn": cnn,
+    "rar-cnn": rar_cnn,
     "resnet18": _resnet("resnet18"),
     "resnet34": _resnet("resnet34"),
     "resnet50": _resnet("resnet50"),
+    "wide-resnet-28-10": wide_resnet_28_10,
     "vgg11": vgg11,
+    "vgg11_bn": functools.partial(vgg11, batch_norm=True),
 }
 NAMES = tuple(_BUILDERS)
 
 
-def build(name: str, image_shape: Shape, classes: int) -> nn.Module:
+def build(name: str, image_shape: Shape, classes: int, *, normalize: tuple[Tensor, Tensor] | None = None) -> nn.Module:
     """A freshly initialised classifier; torch's global random generator decides its weights.
 
     Args:
@@ -99,13 +131,16 @@ def build(name: str, image_shape: Shape, classes: int) -> nn.Module:
             stem of stride 1 and no max pooling after it.
         image_shape: (channels, height, width).
         classes: the number of logits.
+        normalize: mean and standard deviation (channels,) of the images, which the model then subtracts and divides
+            by first (see ``NormalizedModel``); None: it takes the pixels as they are.
 
     Raises:
         ValueError: the name is unknown.
         ImportError: the model needs torchvision, and it is not installed.
     """
     check_name("model", name, NAMES)
-    return _BUILDERS[name](image_shape, classes)
+    model = _BUILDERS[name](image_shape, classes)
+    return model if normalize is None else NormalizedModel(model, *normalize)
 
 
 def torchvision_classifier(name: str) -> nn.Module:

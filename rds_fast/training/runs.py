@@ -148,8 +148,10 @@ def load_model(run_dir: str | Path, device: torch.device | str = "cpu") -> tuple
             f"the run in {run_dir} is not finished: there is no {MODEL}; "
             f"'rds-fast train --out {run_dir} --resume' goes on"
         )
-    with torch.random.fork_rng(devices=[]):  # the initial weights are drawn and then replaced
-        model = models.build(config.model, config.image_shape, described["classes"])
+    with torch.random.fork_rng(devices=[]):  # what it begins with is drawn and then replaced
+        shape = config.image_shape
+        placeholder = (torch.zeros(shape[0]), torch.ones(shape[0])) if config.normalize else None
+        model = models.build(config.model, shape, described["classes"], normalize=placeholder)
     again = f"delete it, and 'rds-fast train --out {run_dir} --resume' writes it again from the run's checkpoint"
     tensors, _ = checkpoints.load(path, again)
     try:

@@ -28,10 +28,16 @@ class TrainingState:
         sums: of the losses over the samples of this epoch so far, as ``LOSSES``.
     """
 
-    def __init__(self, config: TrainingConfig, device: torch.device, classes: int) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        device: torch.device,
+        classes: int,
+        normalization: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         torch.manual_seed(config.seed)
         self.device = device
-        self.model = models.build(config.model, config.image_shape, classes)
+        self.model = models.build(config.model, config.image_shape, classes, normalize=normalization)
         if config.fuse:
             self.model = fuse(self.model, inplace=True)
         self.model.to(device)

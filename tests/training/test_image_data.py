@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rds_fast.training import data
-from rds_fast.training.data import Batch, image_folder, synthetic
+from rds_fast.training.data import Batch, sources, synthetic
 
 
 def test_synthetic_images_have_the_size_and_classes_asked_for() -> None:
@@ -91,7 +91,7 @@ def test_evaluation_sees_the_middle(root: Path) -> None:
 
 def batches_of(root: Path, workers: int, keys: list[Batch]) -> list[torch.Tensor]:
     split = data.load("imagefolder", root, image_size=16, workers=workers).train
-    return [images for images, _ in split.batches(keys)]
+    return [images for images, _ in split.batches(keys, data.augmentation("resized-crop-flip", 0))]
 
 
 # Python 3.12 warns of each fork of a process with threads, which torch has.
@@ -120,7 +120,7 @@ def remove(path: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (remove("."), FileNotFoundError, r"the data root .*images is not a folder; expected one that holds train and"),
+        (remove("."), FileNotFoundError, r"the data root .*images is not a folder; expected one that holds train/CLASS and"),
         (remove("val"), FileNotFoundError, r"holds no folder val; expected train/CLASS and val/CLASS"),
         (
             lambda root: (remove("val")(root), remove("train")(root)),
@@ -174,4 +174,4 @@ def test_a_file_that_is_no_image_is_named(root: Path, workers: int, content: byt
 
 
 def test_many_names_are_cut_short() -> None:
-    assert image_folder._few(list("abcdefg")) == "a, b, c, d, e and 2 more"
+    assert sources.few(list("abcdefg")) == "a, b, c, d, e and 2 more"

@@ -272,8 +272,8 @@ def test_label_smoothing_is_in_the_training_loss_and_not_in_the_validation(tmp_p
 def test_waiting_for_data_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = data.Images.batches
 
-    def slow(self: data.Images, batches: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for batch in original(self, batches):
+    def slow(self: data.Images, *arguments: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in original(self, *arguments):
             time.sleep(0.2)
             yield batch
 

@@ -146,7 +146,7 @@ def test_a_signal_finishes_the_step_and_saves(
 def test_dropout_and_batch_norm_resume(splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The random generator and the running statistics are part of the checkpoint."""
 
-    def build(name: str, shape: models.Shape, classes: int) -> nn.Module:
+    def build(name: str, shape: models.Shape, classes: int, **_: Any) -> nn.Module:
         return nn.Sequential(
             nn.Flatten(), nn.Linear(784, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, classes)
         )
@@ -334,7 +334,7 @@ def test_weights_that_are_not_finite_are_never_saved(
 
 
 def test_what_cannot_begin_leaves_no_folder(splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(*_: Any) -> nn.Module:
+    def build(*_: Any, **__: Any) -> nn.Module:
         raise ImportError("torchvision is not installed")
 
     monkeypatch.setattr(models, "build", build)

@@ -1,25 +1,105 @@
-"""Data sets: the MNIST family, random images, and folders of images."""
+"""Data sets: digits and clothes, small and large photographs, random images, and any folder of images.
+
+Those of small images are held in memory (``Images``), those of large ones are read from their files while a model
+trains (``ImageFiles``); both are a ``Split``.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from ..names import check_name
-from . import digits, image_folder, synthetic
-from .images import BLOCK, Batch, Images, Split, Splits, epoch_order, in_unit_interval
+from . import celeba, cifar, digits, flowers, gtsrb, image_folder, sources, svhn, synthetic, tiny_imagenet, waterbirds
+from .augmentation import AUGMENTATIONS, NO_AUGMENTATION, Augmentation, augmentation
+from .image_files import ImageFiles, image_files
+from .images import BLOCK, Batch, Images, Split, Splits, in_unit_interval
+from .randomness import epoch_order
+from .sources import Request, Source
+from .spuriosity import read_spuriosity
 
-__all__ = ["NAMES", "Batch", "Images", "Split", "Splits", "epoch_order", "image_shape", "in_unit_interval", "load"]
+__all__ = [
+    "AUGMENTATIONS",
+    "DATA_SETS",
+    "NAMES",
+    "NO_AUGMENTATION",
+    "Augmentation",
+    "Batch",
+    "ImageFiles",
+    "Images",
+    "Split",
+    "Splits",
+    "augmentation",
+    "check_root",
+    "epoch_order",
+    "image_files",
+    "image_shape",
+    "in_unit_interval",
+    "load",
+    "read_spuriosity",
+]
 
-NAMES = (*digits.NAMES, "synthetic", "imagefolder")
-FROM_DISK = (*digits.NAMES, "imagefolder")
-SEEDED = (*digits.NAMES, "synthetic")
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """What is known of a data set before any file is read.
+
+    Attributes:
+        load: reads it.
+        shape: (channels, height, width) of its images; None: they are given out at (3, image_size, image_size).
+        source: its files; None where it has none.
+        needs_root: whether they have to be named; else there is a place where they are looked for.
+        seeded: whether the seed decides anything of it.
+        decoded: whether its files are pictures, which ``workers`` decode.
+        mirrored: whether an image seen in a mirror is still one of its class; a digit or a traffic sign is not.
+    """
+
+    load: Callable[[Request], Splits]
+    shape: tuple[int, int, int] | None
+    source: Source | None
+    needs_root: bool = True
+    seeded: bool = True
+    decoded: bool = False
+    mirrored: bool = True
+
+    @property
+    def from_files(self) -> bool:
+        """Whether images are read from files while training, rather than held in memory."""
+        return self.decoded and self.shape is None
+
+
+def _digits(name: str) -> DataSet:
+    shape = (1, 2 * BLOCK if name.startswith("block-") else BLOCK, BLOCK)
+    return DataSet(digits.load, shape, digits.source(name), needs_root=False, mirrored="fashion" in name)
+
+
+_SMALL = (3, 32, 32)
+DATA_SETS = {
+    **{name: _digits(name) for name in digits.NAMES},
+    **{name: DataSet(cifar.load, _SMALL, source) for name, source in cifar.SOURCES.items()},
+    "svhn": DataSet(svhn.load, _SMALL, svhn.SOURCE, mirrored=False),
+    "tiny-imagenet": DataSet(tiny_imagenet.load, (3, 64, 64), tiny_imagenet.SOURCE, decoded=True),
+    "gtsrb": DataSet(gtsrb.load, _SMALL, gtsrb.SOURCE, decoded=True, mirrored=False),
+    "flowers102": DataSet(flowers.load, None, flowers.SOURCE, seeded=False, decoded=True),
+    "celeba-hair": DataSet(celeba.load, None, celeba.SOURCE, seeded=False, decoded=True),
+    "waterbirds": DataSet(waterbirds.load, None, waterbirds.SOURCE, seeded=False, decoded=True),
+    "synthetic": DataSet(synthetic.load, None, None, needs_root=False),
+    "imagefolder": DataSet(image_folder.load, None, image_folder.SOURCE, seeded=False, decoded=True),
+}
+NAMES = tuple(DATA_SETS)
 
 
 def image_shape(name: str, image_size: int) -> tuple[int, int, int]:
     """(channels, height, width) of the images of a data set; ``image_size`` is for those that come in any size."""
-    if name in digits.NAMES:
-        return (1, 2 * BLOCK if name.startswith("block-") else BLOCK, BLOCK)
-    return (3, image_size, image_size)
+    return DATA_SETS[name].shape or (3, image_size, image_size)
+
+
+def check_root(name: str, root: str | Path | None) -> None:
+    """Raises ValueError where a data set needs a root and none is given."""
+    known = DATA_SETS[name]
+    if known.needs_root and known.source is not None:
+        sources.check_root(known.source, root)
 
 
 def load(
@@ -31,27 +111,31 @@ def load(
     classes: int = 1000,
     train_size: int = 4096,
     workers: int | None = None,
+    download: bool = False,
 ) -> Splits:
     """A data set by its name.
 
+    mnist, cifar10, cifar100, svhn, tiny-imagenet and gtsrb and their like have no validation split of their own: one is
+    taken from the training data, stratified, by the seed. The others have one.
+
     Args:
         name: one of ``NAMES``.
-        root: the folder of the IDX files of the MNIST family (see ``digits.load``), or of the images.
-        seed: decides the splits and blocks of the MNIST family, and synthetic images.
-        image_size: height and width of synthetic images, and of those from a folder.
+        root: the folder of the files: see ``DATA_SETS[name].source.holds``.
+        seed: decides the splits, the blocks of BlockMNIST, and synthetic images.
+        image_size: height and width of synthetic images and of those that come in any size.
         classes, train_size: of synthetic images.
-        workers: processes that decode images from a folder; None: one for each core.
+        workers: processes that decode images from files; None: one for each core; 0: this one.
+        download: fetch what is missing into the root, where torchvision can.
 
     Raises:
-        ValueError: the name is unknown, a file is not what it should be, or the classes of the splits differ.
-        FileNotFoundError: a file or folder is missing.
+        ValueError: the name is unknown, the root is needed and not given, a file is not what it should be, or the data
+            cannot be downloaded.
+        FileNotFoundError: a file or folder is missing; the message says what is needed, where it goes, and where to
+            get it.
+        OSError: the download failed.
         ImportError: a package of the extra ``train`` is needed and missing.
     """
     check_name("data", name, NAMES)
-    if name == "synthetic":
-        return synthetic.load(seed, image_size, classes, train_size)
-    if name == "imagefolder":
-        if root is None:
-            raise ValueError("data is 'imagefolder' and data_root is missing; give the folder of train and val")
-        return image_folder.load(root, image_size, workers)
-    return digits.load(name, root, seed)
+    check_root(name, root)
+    folder = None if root is None else Path(root)
+    return DATA_SETS[name].load(Request(name, folder, seed, image_size, classes, train_size, workers, download))

