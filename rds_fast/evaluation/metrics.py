@@ -11,14 +11,18 @@ from torch import nn
 from ..training import data
 from . import (
     accuracy,
+    attribution_robustness,
     auto_attack,
     calibration,
     gradient_norm,
+    gradient_perturbation,
     groups,
     leakage,
     out_of_distribution,
+    pixel_perturbation,
     robust_accuracy,
     sanity,
+    spuriosity,
 )
 from .results import Results
 from .settings import ALL, EvaluationSettings
@@ -29,6 +33,12 @@ Obstacle = Callable[[data.Split, EvaluationSettings], str | None]
 
 def _nothing(split: data.Split, settings: EvaluationSettings) -> str | None:
     return None
+
+
+def _no_spuriosity(split: data.Split, settings: EvaluationSettings) -> str | None:
+    if settings.spuriosity is None:
+        return "no file of spuriosity scores is given"
+    return None if settings.limit is None else "spuriosity scores are of the whole split, and a limit is given"
 
 
 def _no_null_block(split: data.Split, settings: EvaluationSettings) -> str | None:
@@ -66,11 +76,15 @@ METRICS: dict[str, Metric] = {
     "accuracy": Metric(accuracy.measure),
     "calibration": Metric(calibration.measure),
     "groups": Metric(groups.measure, obstacle=_no_groups),
+    "spuriosity": Metric(spuriosity.measure, unasked=False, obstacle=_no_spuriosity),
     "pgd": Metric(robust_accuracy.measure),
     "autoattack": Metric(auto_attack.measure, unasked=False, obstacle=_no_autoattack),
     "sanity": Metric(sanity.measure, unasked=False),
     "leakage": Metric(leakage.measure, obstacle=_no_null_block),
     "gradient_norm": Metric(gradient_norm.measure),
+    "attribution": Metric(attribution_robustness.measure, unasked=False),
+    "pixel_perturbation": Metric(pixel_perturbation.measure, unasked=False),
+    "gradient_perturbation": Metric(gradient_perturbation.measure, unasked=False),
     "out_of_distribution": Metric(out_of_distribution.measure, unasked=False, obstacle=_no_other_data),
 }
 

@@ -85,8 +85,20 @@ class EvaluationSettings:
     attribution_steps: int = _setting(100, "Attributions", "Steps of the attribution attack.", least=1)
     attribution_step_size: float = _setting(0.01, "Attributions", "Step size of the attribution attack.", above=0)
     attribution_restarts: int = _setting(3, "Attributions", "Random starts of the attribution attack.", least=1)
+    attribution_keep: str = _setting(
+        "top_k",
+        "Attributions",
+        "The iterate that the attribution attack keeps: of the least top-k intersection or Kendall's tau.",
+        names=("top_k", "kendall"),
+    )
     path_steps: int = _setting(100, "Attributions", "Points of the path of integrated gradients.", least=1)
     attack_path_steps: int = _setting(10, "Attributions", "The same inside the attribution attack.", least=1)
+    perturbation_attribution: str = _setting(
+        "input_gradient",
+        "Attributions",
+        "What says which pixels are relevant.",
+        names=("input_gradient", "integrated_gradients", "saliency", "input_x_gradient", "deeplift", "smoothgrad"),
+    )
     perturbation_ratios: tuple[float, ...] = _setting(
         (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
         "Attributions",
@@ -104,6 +116,7 @@ class EvaluationSettings:
         "What is out of distribution: names of data sets, NAME=FOLDER for those on the disk, noise or uniform.",
     )
     spuriosity: str | None = _setting(None, "Other data", "File of the samples' spuriosity scores.")
+    spuriosity_k: int = _setting(100, "Other data", "Images of each class that count as most, and as least.", least=1)
 
     def __post_init__(self) -> None:
         for name, field in FIELDS.items():

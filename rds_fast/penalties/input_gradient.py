@@ -93,10 +93,10 @@ class InputGradientPenalty:
         """What is differentiated with respect to x, (N,)."""
         if self.of == "cross_entropy":
             return cross_entropy_with_logsumexp(logits, y)[0]
-        return _target_logit(logits, y)
+        return target_logit(logits, y)
 
 
-def _target_logit(logits: Tensor, y: Tensor) -> Tensor:
+def target_logit(logits: Tensor, y: Tensor) -> Tensor:
     """f_y (N,); 0, with the gradient 0, for an ignored row, as its cross-entropy is."""
     check_labels(y, logits)
     if not logits.is_cuda:
