@@ -87,7 +87,7 @@ def best(column: Column, rows: Mapping[str, Mapping[str, Figure]]) -> set[str]:
         return set()
     top = max(present.values(), key=lambda value: column.better * value)
     winners = {name for name, value in present.items() if column.text(value) == column.text(top)}
-    return winners if len(winners) < len(present) else set()
+    return winners if len(winners) < len(rows) else set()
 
 
 def _known(settings: EvaluationSettings) -> tuple[Column, ...]:

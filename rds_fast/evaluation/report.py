@@ -67,8 +67,8 @@ def lead_of(comparison: Comparison) -> str:
     seeds = {len(group.runs) for group in comparison.groups}
     each = f"{seeds.pop()} runs each" if len(seeds) == 1 and seeds != {1} else f"{len(runs_)} runs"
     kinds = f"{len(comparison.groups)} kinds of models" if len(comparison.groups) > 1 else comparison.groups[0].title
-    several = " Runs of one kind differ in nothing but the seed; figures are means, and ± is one standard error over the seeds."
-    return html.escape(f"{kinds}, {each}, on {what}.{several if len(runs_) > len(comparison.groups) else ''}")
+    seeded = "Runs of one kind differ in nothing but the seed; figures are means, and ± is one standard error."
+    return html.escape(f"{kinds}, {each}, on {what}. {seeded if len(runs_) > len(comparison.groups) else ''}").strip()
 
 
 def colours_of(comparison: Comparison) -> dict[str, str]:
