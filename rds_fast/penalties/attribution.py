@@ -69,16 +69,18 @@ class _Regularisation:
         refuse_compiled(model)
         return find_layer(model, self.layer)
 
-    def _worst(self, objective: Callable[[Tensor], Tensor], x: Tensor, epsilon: float) -> Tensor:
-        return ascend(
-            objective,
-            x,
-            epsilon,
-            steps=self.attack_steps,
-            step_size=self.attack_step_size,
-            bounds=self.bounds,
-            generator=self.generator,
-        )
+    def _worst(self, objective: Callable[[Tensor], Tensor], model: Any, x: Tensor, epsilon: float) -> Tensor:
+        """x' of an objective of the model; statistics rest, that none may change between a forward and its backward."""
+        with frozen_statistics(model):
+            return ascend(
+                objective,
+                x,
+                epsilon,
+                steps=self.attack_steps,
+                step_size=self.attack_step_size,
+                bounds=self.bounds,
+                generator=self.generator,
+            )
 
     @property
     def _attack_path_steps(self) -> int:
@@ -153,7 +155,7 @@ class AttributionPenalty(_Regularisation):
                 return cross_entropies(frozen, moved, y)  # less ℓ(x), a constant
             return self._norm(path_terms(frozen, moved, y, x, self._attack_path_steps, layer).attribution)
 
-        return self._worst(objective, x, self.epsilon)
+        return self._worst(objective, model, x, self.epsilon)
 
 
 class _Terms(NamedTuple):
@@ -238,7 +240,7 @@ class RobustAttributionLoss(_Regularisation):
             terms = self._terms(frozen, moved, x, y, self._attack_path_steps, layer, shared)
             return terms.cross_entropy + weight * terms.size
 
-        return self._worst(objective, x, self.epsilon)
+        return self._worst(objective, model, x, self.epsilon)
 
     def _terms(
         self, model: Any, moved: Tensor, x: Tensor, y: Tensor, steps: int, layer: nn.Module | None, shared: bool

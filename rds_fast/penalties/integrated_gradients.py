@@ -1,6 +1,6 @@
-"""Integrated gradients of the cross-entropy, to the input or to a layer, by a sum over m points of a straight path.
+"""Integrated gradients, to the input or to a layer, by a sum over m points of a straight path.
 
-With ℓ the cross-entropy, x⁰ the baseline and z_k = x⁰ + (k/m)(x − x⁰), k = 0..m,
+With ℓ the cross-entropy or the logit f_y, x⁰ the baseline and z_k = x⁰ + (k/m)(x − x⁰), k = 0..m,
 
     to the input        IG = (x − x⁰) ⊙ (1/m) Σₖ ∇ℓ(z_k),                k = 1..m,
     to a layer h        IG = Σₖ ∇_h ℓ(z_k) ⊙ (h(z_k) − h(z_{k−1})),      k = 1..m:
@@ -25,7 +25,7 @@ from ..attacks.pgd import detached
 from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..ops.inputs import check_count, check_number
 from ..reference import accumulation_dtype
-from .checks import check_input, refuse_compiled
+from .checks import check_choice, check_input, refuse_compiled
 from .inner_pass import (
     differentiable_input,
     forward,
@@ -33,6 +33,7 @@ from .inner_pass import (
     guarded_input_gradient,
     samples_interact,
 )
+from .input_gradient import target_logit
 
 # Without a graph to be kept, about so many values of inputs at most go through the model at once: 16 MiB in float32,
 # and some hundred times that in the activations of a convolutional network.
@@ -55,8 +56,9 @@ def integrated_gradients(
     steps: int = 50,
     create_graph: bool = False,
     layer: str | None = None,
+    of: str = "cross_entropy",
 ) -> Tensor:
-    """Integrated gradients of the cross-entropy from a baseline to x, for each sample.
+    """Integrated gradients from a baseline to x, for each sample: of the cross-entropy, or of the logit of y.
 
     ``IG = (x − x⁰) ⊙ (1/m) Σₖ ∇ℓ(x⁰ + (k/m)(x − x⁰))``, k = 1..m; with ``layer``, the path integral through that
     layer's outputs h, ``Σₖ ∇_h ℓ(z_k) ⊙ (h(z_k) − h(z_{k−1}))``. Their sum is ℓ(x) − ℓ(x⁰) up to O(1/m).
@@ -69,12 +71,14 @@ def integrated_gradients(
     Args:
         model: maps x to logits (N, C). For ``layer`` a ``torch.nn.Module``; not compiled, for ``create_graph``.
         x: (N, ...), floating point, the path's end.
-        y: class indices (N,), a row of −100 having the attribution 0; or probabilities (N, C).
+        y: class indices (N,), a row of −100 having the attribution 0; or, for the cross-entropy, probabilities (N, C).
         baseline: x⁰, in x's shape or one that expands to it; a number stands for all of its values.
         steps: m, at least 1.
         create_graph: True makes the result differentiable, once, with respect to the parameters and to whichever of x
             and baseline requires a gradient; its forward runs under ``rds_fast.fast_double_backward``.
         layer: the name of a module, as in ``model.named_modules()``, that runs once in a forward and returns a tensor.
+        of: ``"cross_entropy"``, what robust attribution regularisation trains with; or ``"target_logit"``, f_y, what
+            attributions are shown of and compared by.
 
     Returns:
         (N, ...), of x's shape or, with a layer, of its output's; in x's dtype.
@@ -82,24 +86,32 @@ def integrated_gradients(
     Raises:
         TypeError: x or the baseline is not floating point, y or steps is of the wrong type, or the model is no module
             and a layer is given.
-        ValueError: shapes do not fit, steps is below 1, or there is no such layer (the nearest name is suggested).
+        ValueError: shapes do not fit, steps is below 1, ``of`` is unknown, or there is no such layer (the nearest name
+            is suggested).
         IndexError: on CPU, a class index is out of range; on CUDA a device assertion fails, as in PyTorch.
         RuntimeError: there is no gradient path from x to the logits, or the layer ran not once; with ``create_graph``,
             gradients are disabled or the model is compiled.
     """
     steps = check_count("steps", steps)
+    check_choice("of", of, ("cross_entropy", "target_logit"))
     if not create_graph:
-        return _without_graph(model, x, y, baseline, steps, layer)
+        return _without_graph(model, x, y, baseline, steps, layer, of)
     check_input(x)
     check_pair(x, y)
     refuse_compiled(model)
     module = find_layer(model, layer)
     with frozen_statistics(model):
-        return path_terms(model, x, y, _baseline(baseline, x), steps, module).attribution.to(x.dtype)
+        return path_terms(model, x, y, _baseline(baseline, x), steps, module, of=of).attribution.to(x.dtype)
 
 
 def _without_graph(
-    model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, baseline: Tensor | float, steps: int, layer: str | None
+    model: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    baseline: Tensor | float,
+    steps: int,
+    layer: str | None,
+    of: str,
 ) -> Tensor:
     """The same in pieces of the path, also where gradients are disabled."""
     with torch.inference_mode(False), torch.enable_grad():
@@ -111,7 +123,7 @@ def _without_graph(
         at_once = steps if samples_interact(model) else _VALUES_AT_ONCE // max(x.numel(), 1)
         attribution = torch.zeros((), device=x.device)
         for positions in _pieces(steps, at_once):
-            terms = path_terms(frozen, x, y, start, steps, module, positions, create_graph=False)
+            terms = path_terms(frozen, x, y, start, steps, module, positions, create_graph=False, of=of)
             attribution = attribution + terms.attribution
         return attribution.to(x.dtype)
 
@@ -126,6 +138,7 @@ def path_terms(
     positions: range | None = None,
     *,
     create_graph: bool = True,
+    of: str = "cross_entropy",
 ) -> PathTerms:
     """The terms k in ``positions`` (default: all, 1..steps) of the sum, and the logits at the last of them."""
     positions = positions or range(1, steps + 1)
@@ -136,8 +149,8 @@ def path_terms(
     count, samples = positions.stop - first, x.shape[0]
     labels = y.expand(count, *y.shape).flatten(0, 1)
     place = points if layer is None else _only(outputs, len(points))
-    cross_entropy, _ = cross_entropy_with_logsumexp(logits, labels)
-    gradient = guarded_input_gradient(cross_entropy, place, create_graph=create_graph)
+    output = target_logit(logits, labels) if of == "target_logit" else cross_entropy_with_logsumexp(logits, labels)[0]
+    gradient = guarded_input_gradient(output, place, create_graph=create_graph)
     gradient = _precise(gradient).unflatten(0, (count, samples))
     if layer is None:
         attribution = (_precise(x) - _precise(baseline)) * (gradient.sum(0) / steps)

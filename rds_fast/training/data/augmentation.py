@@ -45,7 +45,7 @@ class Augmentation:
         """
         if not (self.crop or self.flip or self.cutout):
             return images
-        numbers = sample_numbers(seed, epoch, indices.to(images.device), 5).T
+        numbers = sample_numbers(seed, epoch, indices.to(images.device, non_blocking=True), 5).T
         if self.crop or self.flip:
             images = self._moved(images, *numbers[:3])
         return _cut_out(images, self.cutout, *numbers[3:]) if self.cutout else images
@@ -81,7 +81,7 @@ NO_AUGMENTATION = Augmentation()
 AUGMENTATIONS = ("none", "crop", "crop-flip", "crop-cutout", "crop-flip-cutout", "resized-crop-flip")
 
 
-def augmentation(name: str, cutout: int) -> Augmentation:
+def named_augmentation(name: str, cutout: int) -> Augmentation:
     """The augmentation of a name out of ``AUGMENTATIONS``; ``cutout`` is the side of the square where it has one."""
     parts = name.split("-")
     if "resized" in parts:  # its flip is part of what the workers do

@@ -81,7 +81,8 @@ class Request:
             root.mkdir(parents=True, exist_ok=True)
         if not root.is_dir():
             raise FileNotFoundError(f"the data root {root} is not a folder; expected one that holds {source.holds}")
-        return root.resolve().parent if nested and root.resolve().name == nested else root
+        is_nested = root.resolve().name == nested and not (root / nested).exists()
+        return root.resolve().parent if is_nested else root
 
 
 def check_root(source: Source, root: object) -> None:
@@ -109,7 +110,7 @@ def obtain(
         ValueError: a file has another MD5 sum.
         OSError: the download failed.
     """
-    if request.download and not all(path.exists() and md5 in (None, _md5(path)) for path, md5 in files.items()):
+    if request.download and not all(_intact(path, md5) for path, md5 in files.items()):
         with _downloading(source, root):
             fetch()
     absent = [path for path in files if not path.exists()]
@@ -122,6 +123,10 @@ def obtain(
                 f"is truncated or was changed: its MD5 sum is {found}",
                 f"the original file, whose sum is {expected}",
             )
+
+
+def _intact(path: Path, md5: str | None) -> bool:
+    return path.exists() and (md5 is None or md5 == _md5(path))
 
 
 def _md5(path: Path) -> str:
