@@ -48,8 +48,8 @@ def density(case: Case, **options: Any) -> list[Part]:
 
 
 def every(case: Case, k: int) -> list[Part]:
-    network = case.network(META)
-    with_penalty, without = (penalized(network, DensityPenalty(), every=k, step=step) for step in (0, 1))
+    """Each on a network of its own: a second backward of one network would add its gradients to the first's."""
+    with_penalty, without = (penalized(case.network(META), DensityPenalty(), every=k, step=step) for step in (0, 1))
     return [Part(1 / k, with_penalty), Part(1 - 1 / k, without)]
 
 
