@@ -69,8 +69,8 @@ class PenalizedLoss:
       and the others without, at 1 + s (r − 1).
     - Batch norm uses the statistics of the batch, and the cross-entropy needs those of the whole batch: one plain
       forward of all N, then the penalty's own of the n, with *their* statistics (and the running ones left alone), at
-      1 + s r. From s = ½ on that saves no arithmetic. The estimate is then unbiased for the penalty of batches of n. The same
-      two forwards serve a model that is no ``torch.nn.Module``, and penalties with the call alone.
+      1 + s r. From s = ½ on that saves no arithmetic. The estimate is then unbiased for the penalty of batches of n.
+      The same two forwards serve a model that is no ``torch.nn.Module``, and penalties with the call alone.
 
     Batch norm is recognised by PyTorch's classes; a layer of one's own that mixes samples is not.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bench.counting import Count, Traffic
+from rds_fast.nn import fuse
 from rds_fast.penalties.density import DensityPenalty
 from rds_fast.penalties.inner_pass import PerSample, couples_samples
 from rds_fast.penalties.input_gradient import InputGradientPenalty
@@ -174,6 +175,20 @@ def test_running_statistics_move_once(penalty: Any, share: float) -> None:
     PenalizedLoss(penalty, share=share)(model, x, y).total.backward()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_fused_model(training: bool) -> None:
+    """Has the gradients and the running statistics of its original."""
+    model, (x, y) = cnn(training=training, activation=nn.ReLU), batch()
+    fused = fuse(model)
+    results = []
+    for one in (model, fused):
+        loss = PenalizedLoss(DensityPenalty(), 0.7, share=0.5, generator=torch.Generator().manual_seed(5))
+        results.append(gradients(loss(one, x, y).total, one))
+    assert_same_gradients(results[1], results[0])
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, fused.state_dict()[name])
 
 
 def test_gradient_with_respect_to_x() -> None:
