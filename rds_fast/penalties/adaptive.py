@@ -32,9 +32,13 @@ class PenaltyRatio:
 
         λ = ratio · m(CE) / m(R),   m(v) ← decay · m(v) + (1 − decay) · v
 
-    with CE the cross-entropy and R the penalty of each step, as ``LossTerms`` has them. Both moving means start at 0, and
-    the correction for that (Kingma and Ba 2015) cancels in their quotient. The ratio is set outright, not approached:
-    λ R / CE is off by as much as the means lag. The rule is ours.
+    with CE the cross-entropy and R the penalty of each step, as ``LossTerms`` has them. Both moving means start at 0,
+    and the correction for that (Kingma and Ba 2015) cancels in their quotient. The ratio is set outright, not
+    approached: λ R / CE is off by as much as the means lag. The rule is ours.
+
+    With means that are up to date, the gradient of CE + λ R is that of log CE + ratio · log R, times CE. R → 0 lowers
+    that without limit: at a ratio near 1 and above, a model may give up the classes for it, and λ then rises to its
+    bound.
 
     A step whose cross-entropy or penalty is not finite is passed over. With a ``share`` of the batch R is noisier. With
     ``every=k`` it is 0 at k − 1 of k steps, and where λ is used m(R) falls short by about (k − 1) (1 − decay) / 2,
@@ -95,8 +99,8 @@ class AccuracyBudget:
     within the bounds: λ grows while there is accuracy to spare and falls as soon as the target is missed, so that at
     rest the target holds. In the cross-entropy this is dual ascent on "minimise the penalty subject to CE ≤ target",
     whose multiplier is 1/λ, with multiplicative steps; accuracy has no gradient, and stands for the constraint in the
-    multiplier's update alone. The sum over the steps averages a batch's noise. At a rate of 0.02 an error of 0.1 moves λ
-    e-fold in 500 steps; this must be slow against the time in which the model follows λ, or both swing.
+    multiplier's update alone. The sum over the steps averages a batch's noise. At a rate of 0.02 an error of 0.1 moves
+    λ e-fold in 500 steps; this must be slow against the time in which the model follows λ, or both swing.
 
     With a ``share`` of the batch the accuracy is still the whole batch's; with ``every=k`` an update after every step
     is right, and after every k-th is k times slower. A value that is not finite is passed over.
@@ -148,8 +152,8 @@ class AccuracyBudget:
         """Take in an accuracy in [0, 1] or a cross-entropy measured elsewhere, on validation data for example."""
         value = value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
         weight, value = _on_one_device(self._weight, value)
-        excess = value - self.target if self.of == "accuracy" else self.target - value
-        moved = (weight * (self.rate * excess).exp()).clamp(*map(float, self.bounds))
+        excess = (value - float(self.target)) * (1.0 if self.of == "accuracy" else -1.0)
+        moved = (weight * (float(self.rate) * excess).exp()).clamp(*map(float, self.bounds))
         self._weight = torch.where(value.isfinite(), moved, weight)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..double_backward import fast_double_backward
 from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..ops.inputs import check_number
-from .checks import IGNORED, check_input
+from .checks import IGNORED, check_autograd, check_input
 from .inner_pass import couples_samples, differentiable_input, forward, frozen_statistics, implementation, logits_of
 from .schedules import Schedule, check_steps, check_weight, weight_at
 
@@ -69,8 +69,8 @@ class PenalizedLoss:
       and the others without, at 1 + s (r − 1).
     - Batch norm uses the statistics of the batch, and the cross-entropy needs those of the whole batch: one plain
       forward of all N, then the penalty's own of the n, with *their* statistics (and the running ones left alone), at
-      1 + s r. From s = ½ on that saves nothing. The estimate is then unbiased for the penalty of batches of n. The same
-      two forwards serve a model that is no ``torch.nn.Module``, and penalties with the call alone.
+      1 + s r. From s = ½ on that saves no arithmetic. The estimate is then unbiased for the penalty of batches of n.
+      The same two forwards serve a model that is no ``torch.nn.Module``, and penalties with the call alone.
 
     Batch norm is recognised by PyTorch's classes; a layer of one's own that mixes samples is not.
 
@@ -148,7 +148,8 @@ class PenalizedLoss:
         with implementation(self.fast):
             losses, penalty, logits = (self._terms if applied else self._without_penalty)(model, x, y)
             cross_entropy = _mean(losses, y)
-        penalty = penalty if self.every == 1 else self.every * penalty
+        if applied and self.every > 1:
+            penalty = self.every * penalty
         if isinstance(weight, Tensor):
             weight = weight.to(penalty.dtype)
         elif weight == 0:
@@ -168,6 +169,7 @@ class PenalizedLoss:
 
     def _terms(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> _Terms:
         """With the penalty, of all samples or of those drawn."""
+        check_autograd()
         shares_forward = hasattr(self.penalty, "per_sample") or hasattr(self.penalty, "from_logits")
         drawn = max(1, round(float(self.share) * len(x)))
         if drawn >= len(x):
