@@ -311,6 +311,74 @@ def test_help_names_each_setting_once(call: Call, monkeypatch: pytest.MonkeyPatc
         assert len(re.findall(rf"^\W*{flag}\s", output, re.MULTILINE)) == 1, flag
 
 
+def test_help_is_readable_in_80_columns(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No line is longer, no name is cut, and every setting keeps room for its explanation."""
+    monkeypatch.setenv("COLUMNS", "80")
+    code, output, _ = call("--help")
+    assert code == 0
+    lines = output.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in output
+    for line in lines:
+        if match := re.match(r"│\W*--[\w-]+.*?<\w+(\[\w+\])?>", line):
+            assert 80 - match.end() >= 20, line
+
+
+def test_a_recipe_is_trained(root: Path, tmp_path: Path, call: Call) -> None:
+    """With a variant and settings, by words and by options."""
+    words = ("block-mnist", "variant=density-fd", "weight=0.25", f"data_root={root}", "epochs=1")
+    code, output, errors = call("--out", tmp_path / "run", *words, "--batch-size", 50, "--threads", 1)
+    assert (code, errors) == (0, "")
+    assert "after 1 epochs" in output
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    shown = {name: settings[name] for name in ("objective", "method", "weight", "epochs", "batch_size", "lr")}
+    assert shown == {
+        **{"objective": "density", "method": "finite_difference", "weight": 0.25},
+        **{"epochs": 1, "batch_size": 50, "lr": 0.001},
+    }
+    code, output, errors = call("--out", tmp_path / "run", "--resume", *words, "batch_size=50", "threads=1")
+    assert (code, errors) == (0, "")
+    code, _, errors = call("--out", tmp_path / "run", "--resume", *words, "batch_size=25")
+    assert code == 1
+    assert "batch_size was 50 and is now 25" in errors
+    code, output, errors = call("--out", tmp_path / "steps", *words[:1], f"data_root={root}", "steps=3")
+    assert (code, errors) == (0, "")
+    assert "after 3 steps" in output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("blok-mnist",), "recipe is 'blok-mnist'; did you mean 'block-mnist'? It must be one of "),
+        (("/nowhere/mine.toml",), "there is no recipe /nowhere/mine.toml; give a TOML file, or one of block-fashion"),
+        (("block-mnist", "variant=densty"), "variant is 'densty'; did you mean 'density'"),
+        (("variant=density",), "variant=density is given without a recipe; give one: block-fashion-mnist, "),
+        (("block-mnist", "wieght=1"), "a key is 'wieght'; did you mean 'weight'?"),
+        (("block-mnist", "weight=much"), "weight is 'much'; it must be a number"),
+        (("block-mnist", "weight=-1"), "weight is -1.0; it must be 0 or more and finite"),
+        (("block-mnist", "data=cifar"), "data is 'cifar'; did you mean 'cifar10'"),
+        (("block-mnist", "epsilon=0.1"), "epsilon would have no effect: it belongs to objective adversarial or "),
+        (
+            ("block-mnist", "weight=1", "--weight", 2),
+            "weight is given twice, as --weight and as weight=1; give it once",
+        ),
+        (("fashion-mnist-rar", "epochs=3"), "epochs would have no effect: steps is 100000, which decides the length"),
+        (("cifar10-madry",), "data is 'cifar10' and data_root is missing"),
+        (
+            ("evaluation.steps=3",),
+            "evaluation.steps=3 is given, and training measures the accuracy alone; rds-fast sweep",
+        ),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_wrong_words_are_one_line(tmp_path: Path, call: Call, words: tuple[object, ...], message: str) -> None:
+    code, output, errors = call("--out", tmp_path / "run", *words)
+    assert (code, output) == (1, "")
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RDS_FAST_TRACEBACK", "1")
     monkeypatch.setattr(sys, "argv", ["rds-fast", "train", "--epochs", "0", "--out", str(tmp_path / "run")])

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from rds_fast.evaluation.sweep import OBJECTIVES
+
+from rds_fast.experiments import recipes
 
 for package in ("typer", "rich", "safetensors", "matplotlib", "mlxtend"):
     pytest.importorskip(package, reason="needs the extra train")
@@ -74,12 +75,12 @@ def test_train_is_killed_and_resumed_and_evaluated(tmp_path: Path) -> None:
 
 
 def test_weights_are_swept_and_demonstrated(tmp_path: Path) -> None:
-    sweep = ("sweep", "--out", tmp_path / "sweep", "--epochs", 1, "--weight", 0.2, "--weight", 1.0)
-    sweep += ("--objective", "target-logit", "--objective", "input-gradient", "--objective", "density")
-    output = run(*sweep, "--steps", 2, "--device", "cpu", "--threads", 1)
+    sweep = ("sweep", "--out", tmp_path / "sweep", "epochs=1", "weight=0.2,1", "evaluation.steps=2", "--test")
+    output = run(*sweep, "variant=target-logit,input-gradient,density", "--device", "cpu", "--threads", 1)
     assert "[7/7]" in output
     record = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
-    assert {trial["figures"]["samples"] for trial in record["trials"]} == {500}  # the validation split alone
+    assert record["split"] == "validation"
+    assert {trial["variant"] for trial in record["tests"]} == {*record["choices"]} == {*record["points"]}
     assert record["command"].startswith("rds-fast sweep --out")
 
     demo = ("demo", "--out", tmp_path / "demo", "--weights", tmp_path / "sweep", "--epochs", 1, "--seeds", 1)
@@ -87,8 +88,10 @@ def test_weights_are_swept_and_demonstrated(tmp_path: Path) -> None:
         output = run(*demo, "--steps", 2, "--limit", 50, "--device", "cpu", "--threads", 1)
     page = Path(re.search(r"^report: (.*report\.html)", output, re.MULTILINE)[1]).read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>")
+    variants = recipes.load("block-mnist").variants
     for name, choice in record["choices"].items():
-        assert f"{OBJECTIVES[name].title}, λ = {choice['weight']:g}" in page
+        weight = f", λ = {choice['settings']['weight']:g}" if choice["settings"] else ""
+        assert f"{variants[name].title}{weight}" in page
     assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [
         "cross-entropy-seed0",
         "density-seed0",

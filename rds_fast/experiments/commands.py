@@ -54,7 +54,7 @@ def sweep(
     recipe: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RECIPE] [KEY=V1,V2...]...",
+            metavar="RECIPE|KEY=V1,V2",
             help="A recipe of rds-fast recipes, or a TOML file (default: block-mnist). Settings: one value holds for "
             "all runs, several are an axis of the grid; variant=NAMES; evaluation.KEY=VALUE.",
             show_default=False,
@@ -88,6 +88,7 @@ def sweep(
             found = measure_chosen(out, record, in_the_end)
             models = {_label(record, variant): figures for variant, figures in found.items()}
             print_table(f"{loaded.title}, test split", models, in_the_end)
+            _print_reported(loaded, in_the_end)
     print(f"written: {out / SWEEP}")
 
 
@@ -185,6 +186,15 @@ def _print_sweep(record: Mapping[str, Any]) -> None:
             cells = (record["variants"][variant]["title"], _shown(settings), *figures)
             table.add_row(*cells, _remark(choice) if chosen else "", style="bold" if chosen else None)
     console().print(table)
+
+
+def _print_reported(recipe: recipe_files.Recipe, settings: EvaluationSettings) -> None:
+    """What the source says of the variants, to be set beside what was measured."""
+    reported: dict[str, list[Mapping[str, float | None]]] = {
+        variant.title: [dict(variant.reported)] for variant in recipe.variants.values() if variant.reported
+    }
+    if reported:
+        print_table("as the source reports", reported, settings, recipe.source)
 
 
 def _shown(settings: Mapping[str, Any]) -> str:

@@ -47,7 +47,7 @@ def train(
     recipe: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RECIPE] [KEY=VALUE]...",
+            metavar="RECIPE|KEY=VALUE",
             help="A recipe of rds-fast recipes, or a TOML file; settings as key=value, variant=NAME among them.",
             show_default=False,
         ),
@@ -65,7 +65,7 @@ def train(
 
     What is not given is as in the recipe, or has the default that stands here.
     """
-    name, assigned = words.split(recipe or (), _KEYS)
+    name, assigned = _split(recipe or ())
     given = {name: value for name, value in settings.items() if value is not None and value != []}
     config = _config(name, _together(given, assigned), out if resume else None)
     try:
@@ -78,6 +78,14 @@ def train(
         f"validation accuracy {100 * result.validation_accuracy:.1f}% after {length}, "
         f"{result.seconds:.1f} s of training; the model is {out / runs.MODEL}"
     )
+
+
+def _split(given: list[str] | tuple[()]) -> words.Words:
+    """The recipe and the settings of training, none of them the evaluation's."""
+    for word in given:
+        if word.startswith(words.EVALUATION):
+            raise ValueError(f"{word} is given, and training measures the accuracy alone; rds-fast sweep takes it")
+    return words.split(given, _KEYS)
 
 
 def _together(given: Mapping[str, Any], assigned: Mapping[str, str]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-
 _MOST_LISTED = 30  # more names than these would bury the one that is meant
 
 

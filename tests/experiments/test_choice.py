@@ -72,5 +72,7 @@ def test_no_candidates_are_refused() -> None:
 
 def test_the_rule_in_words() -> None:
     said = rule("l2_accuracy", 0.015, "natural")
-    assert said.startswith("highest l2_accuracy among the candidates whose accuracy is at most 1.5 points below that of")
+    assert said.startswith(
+        "highest l2_accuracy among the candidates whose accuracy is at most 1.5 points below that of"
+    )
     assert "natural" in said

@@ -164,12 +164,20 @@ def test_recipes_that_are_not_there(tmp_path: Path) -> None:
         ("grid.weight = [0.1, 1]", "grid.weights = [1]", "an axis of the grid is 'weights'; did you mean 'weight'"),
         ("grid.weight = [0.1, 1]", "grid.weight = []", "sweep.grid.weight is empty"),
         ("grid.weight = [0.1, 1]", "grid.weight = [-1]", "weight is -1; it must be 0 or more"),
-        ("grid.weight = [0.1, 1]", "evaluation.step = 1", "a setting of the evaluation is 'step'; did you mean 'steps'"),
+        (
+            "grid.weight = [0.1, 1]",
+            "evaluation.step = 1",
+            "a setting of the evaluation is 'step'; did you mean 'steps'",
+        ),
         ("steps = 2", "step = 2", "a setting of the evaluation is 'step'; did you mean 'steps'"),
         ("steps = 2", "steps = 0", "steps is 0; it must be 1 or more"),
         ("steps = 2", 'metrics = ["acuracy"]', "a metric is 'acuracy'; did you mean 'accuracy'"),
         ("[evaluation]", '[[ours]]\nsettings = ["lrr"]\nwhy = ""\n[evaluation]', "is 'lrr'; did you mean 'lr'"),
-        ("[evaluation]", '[[ours]]\nwhy = ""\n[evaluation]', "an entry of ours holds why; it must hold settings and why"),
+        (
+            "[evaluation]",
+            '[[ours]]\nwhy = ""\n[evaluation]',
+            "an entry of ours holds why; it must hold settings and why",
+        ),
         ("[evaluation]", "[evaluation", "recipe mine: Expected ']'"),
     ],
 )

@@ -146,7 +146,9 @@ def test_a_run_that_diverges_is_recorded_and_not_chosen(tmp_path: Path, counted:
 
 def test_the_measure_has_to_be_measured(tmp_path: Path) -> None:
     other = recipes.parse("tiny", TINY.replace("[sweep]", '[sweep]\nmeasure = "worst_group_accuracy"'))
-    with pytest.raises(ValueError, match="the evaluation has no worst_group_accuracy to choose by; it has accuracy, li"):
+    with pytest.raises(
+        ValueError, match="the evaluation has no worst_group_accuracy to choose by; it has accuracy, li"
+    ):
         sweep(Plan(other, variants=["density"]), tmp_path, CHOOSING, report=quiet)
 
 
@@ -195,7 +197,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
     recipe.write_text(TINY)
     finished: dict[Path, tuple[int, int]] = {}
     kills = 0
-    for round_ in range(4):
+    for round_ in range(3):
         process = start(recipe, out)
         present = sum(1 for path in out.rglob("*") if path.is_file())
         wait_for_files(out, present + generator.randrange(2, 9), process)
@@ -206,7 +208,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
         for path, known in finished.items():  # a finished run is never begun again
             assert (path.stat().st_mtime_ns, path.stat().st_ino) == known, round_
         finished |= {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in out.glob("*/model.safetensors")}
-    assert kills >= 3
+    assert kills >= 2
     process = start(recipe, out)
     _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (0, "")
