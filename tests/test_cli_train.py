@@ -366,7 +366,7 @@ def test_a_recipe_is_trained(root: Path, tmp_path: Path, call: Call) -> None:
         (("cifar10-madry",), "data is 'cifar10' and data_root is missing"),
         (
             ("evaluation.steps=3",),
-            "evaluation.steps=3 is given, and training measures the accuracy alone; rds-fast sweep",
+            "evaluation.steps=3 is given, and training measures the accuracy alone",
         ),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
