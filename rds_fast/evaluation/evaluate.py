@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attacks import pgd
 from ..ops.logsumexp import logsumexp
 from ..training import data, runs
 from ..training.checkpoints import write_atomically
 from ..training.config import TrainingConfig
 from ..training.devices import resolve_device
 from ..training.names import check_name
-from .attacks import pgd
 from .leakage import feature_leakage, input_gradient
 
 SPLITS = ("test", "validation")

@@ -52,3 +52,12 @@ def check_number(name: str, value: Any, hint: str = "") -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be a Python number{hint}")
     return float(value)
+
+
+def check_count(name: str, value: Any) -> int:
+    """The value as a Python int, if it is a whole number from 1 on: Python's or NumPy's, no bool."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be an int")
+    if value < 1:
+        raise ValueError(f"{name} is {value}; it must be at least 1")
+    return int(value)

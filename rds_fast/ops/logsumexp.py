@@ -13,6 +13,7 @@ with a rounded l the rows of s would sum to 0.97–1.03.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -132,6 +133,11 @@ class LogSumExpDoubleBackward(Function):
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast is on for a device; False for those that have none, such as meta."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Autocast off inside; nothing at all where it is off already."""
+    return torch.autocast(device.type, enabled=False) if autocast_enabled(device) else nullcontext()
 
 
 def full_precision(x: Tensor) -> bool:

@@ -6,6 +6,7 @@ penalty that cannot be right raises; the danger that all of these guard against 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,9 +27,11 @@ _LONGEST_PASSAGE = 8
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise ValueError unless ``value`` is one of ``choices``."""
+    """Raise ValueError, with the nearest valid name, unless ``value`` is one of ``choices``."""
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+        nearest = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
+        valid = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} is {value!r}; it must be one of {valid}. Did you mean {nearest!r}?")
 
 
 def check_input(x: Any) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..ops.gradient_norm import check_norm, gradient_norm
 from ..ops.inputs import check_number
-from ..ops.logsumexp import logsumexp
+from ..ops.logsumexp import logsumexp, without_autocast
 from .checks import (
     check_choice,
     check_given_logits,
@@ -41,7 +41,6 @@ from .inner_pass import (
     input_gradient_norm,
     logits_of,
     reduce,
-    without_autocast,
 )
 
 REDUCTIONS = ("mean", "sum", "none")

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..backends import use_backend
 from ..double_backward import fast_double_backward
 from ..ops.gradient_norm import gradient_norm
-from ..ops.logsumexp import autocast_enabled
+from ..ops.logsumexp import autocast_enabled, without_autocast
 from .checks import check_autograd, check_input, check_logits, check_model, no_path
 
 # The cotangent of the inner pass where it may run in float16. It lifts what lies below 6e-8, float16's least number,
@@ -83,25 +83,22 @@ def input_gradient(output: Tensor, x: Tensor, *, cotangent: float = 1.0, create_
     return gradient
 
 
+def guarded_input_gradient(output: Tensor, x: Tensor, *, create_graph: bool = True) -> Tensor:
+    """The gradient of Σ output with respect to x; where it may run in float16, with a cotangent undone in float32."""
+    cotangent = FLOAT16_COTANGENT if _in_float16(output, x) else 1.0
+    gradient = input_gradient(output, x, cotangent=cotangent, create_graph=create_graph)
+    return gradient if cotangent == 1.0 else gradient.float() / cotangent
+
+
 def input_gradient_norm(output: Tensor, x: Tensor, p: float, power: float) -> Tensor:
     """``‖∇ₓ output‖ₚ^power`` of each sample, (N,), differentiable: the inner pass with its graph."""
-    power = float(power)  # the negative of one of NumPy's unsigned numbers is not what it says
-    cotangent = FLOAT16_COTANGENT if _in_float16(output, x) else 1.0
-    gradient = input_gradient(output, x, cotangent=cotangent, create_graph=True)
-    if cotangent == 1.0:
-        return gradient_norm(gradient, p, power=power)
-    return gradient_norm(gradient.float(), p, power=power) * cotangent**-power
+    return gradient_norm(guarded_input_gradient(output, x), p, power=power)
 
 
 def _in_float16(output: Tensor, x: Tensor) -> bool:
     if torch.float16 in (output.dtype, x.dtype):
         return True
     return autocast_enabled(x.device) and torch.get_autocast_dtype(x.device.type) == torch.float16
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Autocast off inside; nothing at all where it is off already."""
-    return torch.autocast(device.type, enabled=False) if autocast_enabled(device) else nullcontext()
 
 
 class RandomState:
@@ -149,6 +146,19 @@ def frozen_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
             module.track_running_stats = True
         for module, original in buffers:
             module._buffers = original
+
+
+def samples_interact(model: Callable[[Tensor], Tensor]) -> bool:
+    """Whether one forward of several batches may differ from a forward of each, in its result or in the buffers.
+
+    In train mode, by batch statistics or any buffers. What is no module cannot be looked into, and counts as such.
+    """
+    if not isinstance(model, torch.nn.Module):
+        return True
+    return any(
+        (module.training and module._buffers) or (isinstance(module, _BatchNorm) and module.running_mean is None)
+        for module in model.modules()
+    )
 
 
 def _is_batch_norm(module: torch.nn.Module) -> bool:

@@ -23,6 +23,18 @@ def check_weight(weight: float, name: str = "weight") -> float:
     return number
 
 
+def weight_at(weight: float | Schedule, step: int | None) -> float:
+    """The weight of a training step: the number itself, or the schedule's value, checked."""
+    if not callable(weight):
+        return float(weight)
+    if step is None:
+        raise ValueError(
+            f"weight is a schedule ({weight!r}) and step was not given; call loss(model, x, y, step=step) "
+            "with the number of the training step"
+        )
+    return check_weight(weight(step), f"the weight at step {step}")
+
+
 def _check_steps(steps: int, name: str = "steps") -> None:
     if isinstance(steps, bool) or not isinstance(steps, int):
         raise TypeError(f"{name} is a {type(steps).__name__}; it must be an int")

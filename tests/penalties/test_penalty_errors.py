@@ -12,6 +12,7 @@ from penalty_references import CLASSES, NETWORKS, batch, mlp
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from rds_fast.penalties.attribution import AttributionPenalty, RobustAttributionLoss
 from rds_fast.penalties.density import DensityPenalty, density_penalty, density_penalty_from_logits, log_density
 from rds_fast.penalties.input_gradient import InputGradientPenalty
 from rds_fast.penalties.loss import PenalizedLoss
@@ -26,6 +27,10 @@ CALLS: dict[str, Call] = {
     "InputGradientPenalty": InputGradientPenalty(),
     "target_logit": InputGradientPenalty(of="target_logit"),
     "PenalizedLoss": PenalizedLoss(DensityPenalty()),
+    "AttributionPenalty": AttributionPenalty(0.1, path_steps=2, attack_steps=1, bounds=(-math.inf, math.inf)),
+    "RobustAttributionLoss": RobustAttributionLoss(
+        0.5, 0.1, path_steps=2, attack_steps=1, bounds=(-math.inf, math.inf)
+    ),
 }
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 

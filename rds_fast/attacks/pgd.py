@@ -1,0 +1,230 @@
+"""Projected gradient ascent inside an L∞ or L2 ball around each sample: of any function, and of the cross-entropy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ..ops.inputs import check_count, check_number
+from ..ops.logsumexp import without_autocast
+from ..reference import accumulation_dtype
+from .ball import NORMS, ascent_direction, displace, largest_not_above, project, uniform_point
+
+# The cotangent of every gradient here. Only its direction counts, which a power of two leaves as it is, to the bit; in
+# float16 it lifts what lies below 6e-8, float16's least number, and leaves room for gradients of up to 255.
+_COTANGENT = 2.0**8
+
+
+def ascend(
+    objective: Callable[[Tensor], Tensor],
+    x: Tensor,
+    epsilon: float,
+    *,
+    norm: str = "linf",
+    steps: int,
+    step_size: float | None = None,
+    random_start: bool = True,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """x' in the ball around each sample, by projected gradient ascent of each sample's own objective.
+
+    With δ = x' − x, g = ∇ objective(x') of each sample and a the step size, each step is
+
+        L∞:  δ ← clip(δ + a sign g, −ε, ε)            L2:  δ ← Π(δ + a g/‖g‖₂),  Π(δ) = δ min(1, ε/‖δ‖₂)
+
+    followed by clipping x + δ to the bounds, which never lengthens δ. The last iterate is returned, as Madry et al.
+    (2018) do: keeping the best of all iterates costs one more forward and says less about the step size chosen.
+
+    Nothing but the objective is evaluated, once a step, and differentiated once, with respect to x' alone: no
+    parameter's ``grad`` sees it. An objective that holds a gradient itself (an attribution, say) computes it with its
+    graph; under ``rds_fast.fast_double_backward`` the step then costs less. Off the CPU no value of a tensor is read,
+    so nothing waits for the device; what is not finite ends in an x' that is not.
+
+    Args:
+        objective: maps x' (N, ...), of x's dtype and requiring a gradient, to one value a sample, (N,), differentiable
+            with respect to x'. It is called with gradients enabled, also inside ``torch.no_grad``.
+        x: samples (N, ...), floating, within the bounds.
+        epsilon: radius of the ball, in the units of x; 0 returns a copy of x.
+        norm: ``"linf"`` or ``"l2"``, over all dimensions but the first.
+        steps: gradient steps, at least 1.
+        step_size: length of a step in the chosen norm; default ``2.5 * epsilon / steps``, enough to reach any point
+            of the ball's surface from any start.
+        random_start: begin at a point drawn uniformly from the ball (L2: uniformly in its volume), else at x.
+        bounds: smallest and largest value of an input; infinite ones are no bounds.
+        generator: the source of the random start, on x's device; default: PyTorch's own.
+
+    Returns:
+        x' of x's shape and dtype, without a graph. ``(x' - x).abs() <= epsilon`` holds element by element (for L2:
+        ``(x' - x).flatten(1).norm(dim=1) <= epsilon``), and x' is within the bounds, without any tolerance.
+
+    Raises:
+        TypeError: x is not floating, or a number is none.
+        ValueError: epsilon, steps, step_size, norm, bounds or the objective's values are not as described; x leaves
+            the bounds (on a GPU a device assertion fails).
+        RuntimeError: the objective does not depend on x' differentiably.
+    """
+    check_attack(epsilon, norm, steps, step_size, bounds)
+    if not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}; it must be floating to be perturbed: pass x.float()")
+    if x.dim() == 0:
+        raise ValueError("x has no dimension; it must have shape (N, ...), one sample a row")
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone()  # a clone, because inference tensors allow no autograd
+        if epsilon == 0 or x.numel() == 0:
+            return x
+        _check_inside(x, bounds)
+        radius = largest_not_above(epsilon, x.dtype)
+        step = 2.5 * epsilon / steps if step_size is None else step_size
+        # δ is kept beside x' in at least float32: in 16 bits a small step would be lost in rounding x'.
+        origin = x.to(accumulation_dtype(x.dtype))
+        delta = uniform_point(origin, radius, norm, generator) if random_start else torch.zeros_like(origin)
+        for _ in range(steps):
+            delta = (origin + delta).clamp(*bounds) - origin
+            gradient = _gradient(objective, (origin + delta).to(x.dtype))
+            delta = project(delta + step * ascent_direction(gradient.to(origin.dtype), norm), radius, norm)
+        return displace(x, delta, bounds)
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    epsilon: float,
+    *,
+    norm: str = "linf",
+    steps: int = 40,
+    step_size: float | None = None,
+    random_start: bool = True,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Adversarial inputs by projected gradient ascent of the cross-entropy (Madry et al. 2018); see ``ascend``.
+
+    Args:
+        model: maps (N, ...) to logits (N, C). It is attacked in the mode it is in (call ``model.eval()`` first, as a
+            rule); its parameters, their gradients, its buffers and its mode are left as they were.
+        x: samples (N, ...), floating, within the bounds.
+        y: class indices (N,).
+        epsilon: radius of the ball, in the units of x; 0 returns a copy of x.
+        norm, steps, step_size, random_start, bounds, generator: as for ``ascend``.
+
+    Returns:
+        x' of x's shape and dtype, without a graph. ``(x' - x).abs() <= epsilon`` holds element by element (for L2:
+        ``(x' - x).flatten(1).norm(dim=1) <= epsilon``), and x' is within the bounds, without any tolerance.
+
+    Raises:
+        TypeError: x is not floating, or y not of integers.
+        ValueError: labels, logits, epsilon, steps, step_size, norm or bounds are not as described.
+        RuntimeError: the logits do not depend on x differentiably.
+        FloatingPointError: their gradient is not finite.
+    """
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise TypeError(f"y is {y.dtype}; it must hold class indices, int64")
+    if x.dim() == 0 or y.shape != x.shape[:1]:
+        raise ValueError(f"y has shape {tuple(y.shape)}; x of shape {tuple(x.shape)} needs one label a sample")
+    check_attack(epsilon, norm, steps, step_size, bounds)
+    _check_inside(x, bounds, read=True)
+    with torch.inference_mode(False):
+        moved = ascend(
+            _cross_entropy_of(detached(model), y.detach().long().clone()),
+            x,
+            epsilon,
+            norm=norm,
+            steps=steps,
+            step_size=step_size,
+            random_start=random_start,
+            bounds=bounds,
+            generator=generator,
+        )
+    if not bool(moved.isfinite().all()):
+        raise FloatingPointError(
+            "pgd met a gradient of the cross-entropy that is not finite: so are, perhaps, the model's logits. "
+            "Check model(x) on these samples, and the model's weights."
+        )
+    return moved
+
+
+def detached(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The model with its parameters detached and its buffers copied.
+
+    No graph of the weights is built, and an attack in train mode moves the copies of batch norm's running statistics
+    instead of the model's own. What is no module is returned as it is.
+    """
+    if not isinstance(model, nn.Module):
+        return model
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    state.update({name: buffer.detach().clone() for name, buffer in model.named_buffers()})
+    return lambda x: torch.func.functional_call(model, state, (x,))
+
+
+def check_attack(
+    epsilon: float, norm: str, steps: int, step_size: float | None, bounds: tuple[float, float], prefix: str = ""
+) -> None:
+    """Raise TypeError or ValueError unless the settings describe an attack; ``prefix`` is that of two names."""
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}; it must be 'linf' or 'l2'")
+    if not 0 <= check_number("epsilon", epsilon) < math.inf:
+        raise ValueError(f"epsilon is {epsilon}; it must be a finite radius, 0 or more, in the units of x")
+    check_count(f"{prefix}steps", steps)
+    if step_size is not None and not 0 < check_number(f"{prefix}step_size", step_size) < math.inf:
+        raise ValueError(f"{prefix}step_size is {step_size}; it must be positive, or None for 2.5 * epsilon / steps")
+    low, high = bounds
+    if not low < high:
+        raise ValueError(f"bounds are ({low}, {high}); the first must be below the second")
+
+
+def _check_inside(x: Tensor, bounds: tuple[float, float], *, read: bool = False) -> None:
+    """x is within the bounds. On CUDA a value is read only if so said; else an assertion on the device watches."""
+    low, high = bounds
+    inside = ((x >= low) & (x <= high)).all()
+    if x.is_meta:
+        return  # no values
+    if x.is_cuda and not read:
+        torch._assert_async(inside, f"x leaves the bounds ({low}, {high}), or holds NaN")
+    elif not bool(inside):
+        raise ValueError(
+            f"x leaves the bounds ({low}, {high}), or holds NaN. Scale x into them, or pass the bounds of your inputs, "
+            "for example bounds=(-math.inf, math.inf) for standardised ones."
+        )
+
+
+def _gradient(objective: Callable[[Tensor], Tensor], moved: Tensor) -> Tensor:
+    """∇ of the sum of the objectives, up to the factor ``_COTANGENT``."""
+    moved = moved.detach().requires_grad_()
+    values = objective(moved)
+    if values.shape != moved.shape[:1]:
+        raise ValueError(
+            f"the objective has shape {tuple(values.shape)}; it must be ({moved.shape[0]},), one value a sample"
+        )
+    cotangents = torch.full((), _COTANGENT, dtype=values.dtype, device=values.device).expand_as(values)
+    gradient = None
+    if values.requires_grad:
+        with without_autocast(moved.device):  # autocast is for forwards
+            gradient = torch.autograd.grad(values, moved, cotangents, allow_unused=True)[0]
+    if gradient is None:
+        raise RuntimeError(
+            "what is to be maximised does not depend differentiably on x, so there is no gradient to attack with. "
+            "Is the input detached, or are gradients disabled, inside the model?"
+        )
+    return gradient
+
+
+def _cross_entropy_of(model: Callable[[Tensor], Tensor], y: Tensor) -> Callable[[Tensor], Tensor]:
+    """x' to the cross-entropy of each sample, (N,), in at least float32."""
+    lowest, highest = (int(y.min()), int(y.max())) if len(y) else (0, 0)  # read once: on a GPU reading waits for it
+
+    def objective(moved: Tensor) -> Tensor:
+        logits = model(moved)
+        if logits.dim() != 2 or logits.shape[0] != moved.shape[0]:
+            raise ValueError(f"the model's logits have shape {tuple(logits.shape)}; pgd needs ({moved.shape[0]}, C)")
+        if lowest < 0 or highest >= logits.shape[1]:
+            classes = f"classes 0 to {logits.shape[1] - 1}"
+            raise ValueError(f"y holds labels from {lowest} to {highest}; the model has {classes}")
+        return cross_entropy(logits.to(accumulation_dtype(logits.dtype)), y, reduction="none")
+
+    return objective
