@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..attacks import pgd
+from ..attacks.pgd import pgd
 from ..training import data
 from .accuracy import classified_rightly
 from .results import Results
