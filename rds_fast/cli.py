@@ -1,11 +1,12 @@
-"""The command line: ``rds-fast train | evaluate | sweep | demo | doctor``."""
+"""The command line: ``rds-fast train | evaluate | compare | sweep | demo | doctor``."""
 
 from __future__ import annotations
 
 import typer
 
 from .doctor import doctor
-from .evaluation.commands import demo, evaluate, sweep
+from .evaluation.command import compare, evaluate
+from .evaluation.commands import demo, sweep
 from .training.command import train
 
 app = typer.Typer(
@@ -14,5 +15,5 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,  # errors are shown by __main__, in one line
 )
-for command in (train, evaluate, sweep, demo, doctor):
+for command in (train, evaluate, compare, sweep, demo, doctor):
     app.command()(command)

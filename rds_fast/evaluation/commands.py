@@ -1,28 +1,28 @@
-"""The commands ``rds-fast evaluate``, ``sweep`` and ``demo``: arguments in, tables and files out."""
+"""The commands ``rds-fast sweep`` and ``demo``: arguments in, tables and files out."""
 
 from __future__ import annotations
 
 import contextlib
-import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..training import runs
 from ..training.checkpoints import write_atomically
 from ..training.config import TrainingConfig
 from ..training.extras import require
 from ..training.loop import TrainingInterrupted
-from .demo import Trained, chosen_weights, label
+from .command import command_line
+from .comparison import Comparison, compare
+from .demo import chosen_weights, label
 from .demo import demo as run_demo
-from .evaluate import EvaluationSettings, evaluate_run
-from .report import render
+from .demo_report import render
+from .report import spoken
+from .settings import EvaluationSettings
 from .sweep import BASELINE, OBJECTIVES, PENALTIES, SWEEP, WEIGHTS, average
 from .sweep import sweep as run_sweep
 from .table import console, print_table
-from .verdicts import verdicts
 
 typer = require("typer", "the command line")
 
@@ -36,32 +36,6 @@ Limit = Annotated[int | None, typer.Option(help="Measure this many samples, draw
 BatchSize = Annotated[int, typer.Option(help="Samples measured at a time.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
-
-
-def evaluate(
-    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
-    split: Annotated[str, typer.Option(help="test, or validation while anything is still to be chosen.")] = "test",
-    linf: Linf = _DEFAULTS.linf_epsilon,
-    l2: L2 = _DEFAULTS.l2_epsilon,
-    steps: Steps = _DEFAULTS.steps,
-    seed: AttackSeed = _DEFAULTS.seed,
-    limit: Limit = None,
-    batch_size: BatchSize = _DEFAULTS.batch_size,
-    device: Device = "auto",
-) -> None:
-    """Measure a trained model: accuracy, accuracy under attack, feature leakage, gradient norm.
-
-    Prints a table and writes evaluation.json into the run's folder.
-    """
-    _require_output()
-    settings = EvaluationSettings(
-        linf_epsilon=linf, l2_epsilon=l2, steps=steps, seed=seed, limit=limit, batch_size=batch_size
-    )
-    figures = evaluate_run(run, settings, split=split, device=device)
-    print_table(f"{figures.samples} {split} samples", {run.name: [figures]}, settings)
-    if figures.leakage is None:
-        print("leakage and null share are left out: these data have no null block")
-    print(f"written: {run / runs.EVALUATION}")
 
 
 def sweep(
@@ -106,7 +80,7 @@ def sweep(
             objectives=objective or PENALTIES,
             weights=weight or WEIGHTS,
             seeds=range(seeds),
-            command=_command_line(),
+            command=command_line(),
         )
     _print_sweep(record)
     print(f"written: {out / SWEEP}")
@@ -138,21 +112,21 @@ def demo(
     record = chosen_weights(weights)
     with _interruptible("the same command begins again"):
         models = run_demo(out, record, settings, seeds=range(seeds), epochs=epochs, device=device, threads=threads)
-    _print_demo(models, settings)
-    commands = [f"{record['command']}   # chose the weights, on the validation split", _command_line()]
+    found = compare([trained.run_dir for each in models.values() for trained in each])
+    duel = (label("density", models["density"]), label("target-logit", models["target-logit"]))
+    _print_demo(found, duel)
+    commands = [f"{record['command']}   # chose the weights, on the validation split", command_line()]
     page = out / "report.html"
-    write_atomically(page, render(models, record, settings, commands).encode())
+    write_atomically(page, render(found, record, commands, duel=duel).encode())
     print(f"\nreport: {page.resolve()}   ({time.perf_counter() - started:.0f} s in all)")
 
 
-def _print_demo(models: Mapping[str, Sequence[Trained]], settings: EvaluationSettings) -> None:
-    figures = {name: [trained.figures for trained in each] for name, each in models.items()}
-    some = models[BASELINE]
-    title = f"{some[0].config.data}, {some[0].figures.samples} test samples"
-    seeds = f"mean ± standard deviation over {len(some)} seeds" if len(some) > 1 else "one seed"
-    labelled = {label(name, each): figures[name] for name, each in models.items()}
-    print_table(title, labelled, settings, f"{seeds}; the best of each column is bold")
-    for sentence in verdicts(figures):
+def _print_demo(found: Comparison, duel: tuple[str, str]) -> None:
+    title = f"{found.first.training.data}, {found.first.evaluation.samples} test samples"
+    several = len(found.groups[0].runs)
+    seeds = f"mean ± standard error over {several} seeds" if several > 1 else "one seed"
+    print_table(title, found.models, found.settings, f"{seeds}; the best of each column is bold")
+    for sentence in spoken(found, duel):
         print(f"- {sentence}")
 
 
@@ -168,7 +142,7 @@ def _interruptible(advice: str) -> Iterator[None]:
     try:
         yield
     except TrainingInterrupted:
-        print(f"\nstopped; {advice}: {_command_line()}", file=sys.stderr)
+        print(f"\nstopped; {advice}: {command_line()}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -196,9 +170,3 @@ def _remark(choice: dict[str, Any]) -> str:
     if not choice["within_margin"]:
         return "chosen; none is within 2 points of cross-entropy"
     return "chosen; at the edge of the candidates" if choice["at_edge"] else "chosen"
-
-
-def _command_line() -> str:
-    """The command that is running, as a user would type it."""
-
-    return shlex.join(["rds-fast", *sys.argv[1:]])

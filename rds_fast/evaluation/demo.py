@@ -13,7 +13,9 @@ from ..training import data, runs
 from ..training.config import TrainingConfig
 from ..training.devices import cpu_threads, resolve_device
 from ..training.loop import train
-from .evaluate import EvaluationSettings, Figures, evaluate_run
+from .evaluate import evaluate_run
+from .results import Evaluation
+from .settings import EvaluationSettings
 from .sweep import BASELINE, OBJECTIVES, SWEEP, candidate_config
 
 SHOWN = (BASELINE, "target-logit", "input-gradient", "density")
@@ -21,12 +23,11 @@ WEIGHTS_FILE = "demo_weights.json"
 
 
 class Trained(NamedTuple):
-    """One model of the demonstration, its figures on the test split and the rows of its metrics.jsonl."""
+    """One model of the demonstration and its figures on the test split."""
 
     config: TrainingConfig
     run_dir: Path
-    figures: Figures
-    metrics: list[dict[str, Any]]
+    evaluation: Evaluation
     seconds: float  # that training took
 
 
@@ -117,5 +118,5 @@ def demo(
 def _train(run_dir: Path, config: TrainingConfig, settings: EvaluationSettings, splits: data.Splits) -> Trained:
     result = train(config, run_dir, overwrite=(run_dir / runs.CONFIG).exists(), quiet=True, splits=splits)
     with cpu_threads(config.threads):
-        figures = evaluate_run(run_dir, settings, device=config.device, splits=splits)
-    return Trained(config, run_dir, figures, result.metrics, result.seconds)
+        evaluation = evaluate_run(run_dir, settings, device=config.device, splits=splits)
+    return Trained(config, run_dir, evaluation, result.seconds)

@@ -1,126 +1,71 @@
-"""The figures of a trained classifier on one split: accuracy, robustness, leakage, smoothness of its density."""
+"""The evaluation of a trained classifier on one split: every metric that was asked for, in one record."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import statistics
-from collections.abc import Callable, Sequence
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..attacks import pgd
-from ..ops.logsumexp import logsumexp
 from ..training import data, runs
-from ..training.checkpoints import write_atomically
-from ..training.config import TrainingConfig
 from ..training.devices import resolve_device
 from ..training.names import check_name
-from .leakage import feature_leakage, input_gradient
+from . import record
+from .metrics import chosen
+from .results import Evaluation, Results, merged
+from .samples import drawn, fingerprint
 from .settings import EvaluationSettings
 
 SPLITS = ("test", "validation")
 
 
-@dataclasses.dataclass(frozen=True)
-class Figures:
-    """The results. Accuracies and the share are in [0, 1].
-
-    Attributes:
-        samples: how many were measured.
-        accuracy: the share classified rightly.
-        linf_accuracy: classified rightly both as they are and after PGD in the L∞ ball.
-        l2_accuracy: the same in the L2 ball.
-        leakage: mean L2 norm of ∇ₓ f_y on the null block; None where the data have no null block.
-        share: mean of each sample's ratio of that to the L2 norm of the whole ∇ₓ f_y, over the samples that have a
-            gradient; None where there is no null block or no sample has one.
-        gradient_norm: mean ‖∇ₓ log p(x)‖₂.
-    """
-
-    samples: int
-    accuracy: float
-    linf_accuracy: float
-    l2_accuracy: float
-    leakage: float | None
-    share: float | None
-    gradient_norm: float
+def _silent(line: str) -> None:
+    pass
 
 
-def mean_and_spread(figures: Sequence[Figures]) -> tuple[Figures, Figures | None]:
-    """The mean of each figure over several models of one kind, and its standard deviation (None for one model)."""
+def evaluate_model(
+    model: nn.Module, split: data.Split, settings: EvaluationSettings, report: Callable[[str], None] = _silent
+) -> Evaluation:
+    """What the metrics find of a model on a split, both on one device.
 
-    def over_models(statistic: Callable[[list[float]], float]) -> Figures:
-        columns = {field.name: [getattr(each, field.name) for each in figures] for field in dataclasses.fields(Figures)}
-        values = {name: None if None in column else statistic(column) for name, column in columns.items()}
-        return Figures(**{**values, "samples": figures[0].samples})  # type: ignore[arg-type]
+    The model is measured in eval mode and its mode restored. Each metric seeds its own random draws, so its figures
+    do not depend on which others are measured.
 
-    return over_models(statistics.fmean), over_models(statistics.stdev) if len(figures) > 1 else None
-
-
-def evaluate_model(model: nn.Module, images: data.Split, settings: EvaluationSettings) -> Figures:
-    """The figures of a model on a split, both on one device. The model is measured in eval mode and its mode restored.
+    Args:
+        model: the classifier.
+        split: the samples; ``settings.limit`` of them are measured.
+        settings: which metrics, and what decides their figures.
+        report: is told of each metric as it is done.
 
     Raises:
-        ValueError: the split is empty, or does not fit the model.
+        ValueError: the split is empty or does not fit the model, or a metric that was named does not fit the data.
     """
-    if len(images) == 0:
+    if len(split) == 0:
         raise ValueError("there are no samples to evaluate")
-    if settings.limit is not None and settings.limit < len(images):
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))
-        images = images.take(order[: settings.limit].sort().values.to(images.index_device))
-    device = images.labels.device
-    # One generator an attack, so that leaving one out would not move the other's starts.
-    generators = {norm: torch.Generator(device).manual_seed(settings.seed) for norm in ("linf", "l2")}
+    split = drawn(split, settings.limit, settings.seed)
+    metrics, notes = chosen(split, settings)
+    parts, seconds = [], {}
+    with _eval_mode(model):
+        for name, metric in metrics.items():
+            started = time.perf_counter()
+            parts.append(metric.measure(model, split, settings))
+            seconds[name] = time.perf_counter() - started
+            report(f"{name}: {seconds[name]:.1f} s")
+    results = merged([*parts, Results(notes=notes)])
+    return Evaluation(**vars(results), samples=len(split), seconds=seconds)
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        batches = [
-            _measure(model, images.take(indices), settings, generators)
-            for indices in torch.arange(len(images), device=images.index_device).split(settings.batch_size)
-        ]
+        yield
     finally:
         for module, training in was_training.items():
             module.training = training
-    return _summarise({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]})
-
-
-def _measure(
-    model: nn.Module, images: data.Images, settings: EvaluationSettings, generators: dict[str, torch.Generator]
-) -> dict[str, Tensor]:
-    """Each figure of each sample of a batch."""
-    x, y = data.in_unit_interval(images.images), images.labels
-    right = _right(model, x, y)
-    figures = {"accuracy": right, "gradient_norm": _density_gradient_norm(model, x)}
-    for norm, epsilon in (("linf", settings.linf_epsilon), ("l2", settings.l2_epsilon)):
-        moved = pgd(model, x, y, epsilon, norm=norm, steps=settings.steps, generator=generators[norm])
-        figures[f"{norm}_accuracy"] = right & _right(model, moved, y)
-    if images.signal_on_top is not None:
-        figures["leakage"], figures["share"] = feature_leakage(input_gradient(model, x, y), images.null_mask)
-    return figures
-
-
-@torch.no_grad()
-def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return model(x).argmax(1) == y
-
-
-def _density_gradient_norm(model: nn.Module, x: Tensor) -> Tensor:
-    """‖∇ₓ log p(x)‖₂ (N,): log p is the log-sum-exp of the logits up to a constant."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(logsumexp(model(x), 1).sum(), x)
-    return gradient.flatten(1).norm(dim=1)
-
-
-def _summarise(figures: dict[str, Tensor]) -> Figures:
-    means: dict[str, float | None] = {"leakage": None, "share": None}
-    for name, values in figures.items():
-        mean = values.double().nanmean() if name == "share" else values.double().mean()
-        means[name] = None if name == "share" and mean.isnan() else float(mean)
-    return Figures(samples=len(figures["accuracy"]), **means)  # type: ignore[arg-type]
 
 
 def evaluate_run(
@@ -130,7 +75,8 @@ def evaluate_run(
     split: str = "test",
     device: str = "auto",
     splits: data.Splits | None = None,
-) -> Figures:
+    report: Callable[[str], None] = _silent,
+) -> Evaluation:
     """Evaluate the model of a finished run and write evaluation.json into its folder.
 
     Args:
@@ -139,10 +85,11 @@ def evaluate_run(
         split: ``"test"``, or ``"validation"`` while anything is still to be chosen.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         splits: the run's data, where they are loaded already.
+        report: is told of each metric as it is done.
 
     Raises:
         FileNotFoundError: there is no finished run in the folder, or a data file is missing.
-        ValueError: the split is unknown, or a file of the run is damaged.
+        ValueError: the split is unknown, a metric that was named does not fit the data, or a file is damaged.
     """
     check_name("split", split, SPLITS)
     resolved = resolve_device(device)
@@ -151,21 +98,10 @@ def evaluate_run(
     samples: data.Split = getattr(splits, split)
     if len(samples) == 0:
         raise ValueError(f"the data in {config.data_root} have no {split} split; use --split validation, or add one")
-    figures = evaluate_model(model, samples.to(resolved), settings)
-    record = evaluation_record(config, figures, settings, split, resolved)
-    write_atomically(Path(run_dir) / runs.EVALUATION, (json.dumps(record, indent=2) + "\n").encode())
-    return figures
-
-
-def evaluation_record(
-    config: TrainingConfig, figures: Figures, settings: EvaluationSettings, split: str, device: torch.device
-) -> dict[str, Any]:
-    """What evaluation.json holds."""
-    return {
-        "split": split,
-        "figures": dataclasses.asdict(figures),
-        "settings": settings.to_settings(),
-        "training": json.loads(config.to_json()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "versions": runs.versions(),
-    }
+    samples = drawn(samples, settings.limit, settings.seed)
+    evaluation = evaluate_model(model, samples.to(resolved), settings, report)
+    written = record.Record(
+        evaluation, settings, split, fingerprint(samples), config, record.name_of(resolved), runs.versions()
+    )
+    record.write(run_dir, written)
+    return evaluation

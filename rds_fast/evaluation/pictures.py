@@ -1,9 +1,12 @@
-"""The report's pictures, each as a data URI, so that a page holding them needs no other file."""
+"""The report's pictures: drawings as SVG to stand in a page, images and maps as data URIs. None needs another file."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,102 +14,73 @@ import torch
 from torch import Tensor
 
 from ..training.extras import require
+from .results import Curve
 
-# Okabe & Ito's colours, told apart in every common form of colour blindness.
-COLOURS = ("#5f6b7a", "#0072b2", "#d55e00", "#009e73", "#cc79a7")
+# Okabe & Ito's colours, told apart in every common form of colour blindness; the grey is for cross-entropy.
+COLOURS = ("#7a8696", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#a0522d")
+
+# In a page these become the page's own colours, so that a drawing follows its light or dark dress.
+_INK, _SOFT, _LINE, _SHADE = "#1d2733", "#5f6b7a", "#e2e6ec", "#eef6f2"
+_PAGE_COLOURS = {_INK: "var(--ink)", _SOFT: "var(--soft)", _LINE: "var(--line)", _SHADE: "var(--shade)"}
 
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
+    "text.color": _INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": "#8a94a3",
-    "axes.labelcolor": "#3b4654",
+    "axes.edgecolor": _SOFT,
+    "axes.facecolor": "none",
+    "axes.labelcolor": _SOFT,
+    "axes.titlecolor": _INK,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
+    "axes.titlepad": 10,
     "axes.grid": True,
-    "grid.color": "#e6e9ee",
+    "grid.color": _LINE,
     "axes.axisbelow": True,
-    "xtick.color": "#3b4654",
-    "ytick.color": "#3b4654",
+    "figure.facecolor": "none",
+    "xtick.color": _SOFT,
+    "ytick.color": _SOFT,
     "legend.frameon": False,
+    "legend.labelcolor": _INK,
     "svg.fonttype": "path",
     "svg.hashsalt": "rds_fast",  # the same picture has the same bytes
 }
 
 
-def attribution_grid(images: Tensor, attributions: Mapping[str, Tensor], shares: Mapping[str, Tensor]) -> str:
-    """Samples side by side, and below each the attribution of every model.
-
-    Each map is divided by its own largest magnitude, so the colour says where a model looks and not how large its
-    gradient is; the number above it is the null block's share.
+def curve_panel(title: str, curves: Mapping[str, Sequence[Curve]], colours: Mapping[str, str]) -> str:
+    """One figure as a function of another, for several kinds of models: the mean over the seeds and their range.
 
     Args:
-        images: (K, 1, H, W) in [0, 1].
-        attributions: title -> (K, 1, H, W).
-        shares: title -> (K,).
+        title: above the axes.
+        curves: label -> the curves of the models of that kind. Over points that they do not share no mean is drawn.
+        colours: label -> colour.
+
+    Returns:
+        An SVG element. It holds no legend: the page has one.
     """
-    count, rows = len(images), 1 + len(attributions)
     with _style():
-        figure = _figure(0.92 * count + 1.5, 2.02 * rows)
-        axes = figure.subplots(rows, count, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.16})
-        figure.subplots_adjust(left=1.45 / (0.92 * count + 1.5), right=0.995, top=0.995, bottom=0.005)
-        for column, image in enumerate(images[:, 0]):
-            axes[0][column].imshow(image.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        for row, (title, maps) in enumerate(attributions.items(), 1):
-            for column, values in enumerate(maps[:, 0].abs()):
-                top = float(values.max()) or 1.0
-                axes[row][column].imshow(values.numpy() / top, cmap="magma", vmin=0, vmax=1, interpolation="nearest")
-                share = float(shares[title][column])
-                axes[row][column].set_title(
-                    "–" if share != share else f"{share:.2f}", fontsize=8, fontweight="normal", loc="center", pad=2
-                )
-        for row, title in enumerate(("input", *attributions)):
-            for axis in axes[row]:
-                axis.set(xticks=[], yticks=[])
-                axis.grid(False)
-                axis.spines[:].set_visible(False)
-            colour = "#1d2733" if row == 0 else COLOURS[(row - 1) % len(COLOURS)]
-            axes[row][0].set_ylabel(
-                title.replace(" ‖", "\n‖"),
-                rotation=0,
-                ha="right",
-                va="center",
-                labelpad=8,
-                fontsize=10,
-                fontweight="bold",
-                color=colour,
-            )
-        return _png(figure)
-
-
-def training_curves(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> str:
-    """Validation accuracy and training cross-entropy, epoch by epoch: the mean over the seeds and their range.
-
-    Args:
-        histories: title -> the rows of metrics.jsonl of each of its models.
-    """
-    panels = (
-        ("validation_accuracy", "Accuracy on the validation split", "%", 100.0),
-        ("cross_entropy", "Cross-entropy while training", "nats", 1.0),
-    )
-    with _style():
-        figure = _figure(10.0, 3.6)
-        axes = figure.subplots(1, len(panels))
-        for axis, (name, title, unit, factor) in zip(axes, panels, strict=True):
-            for (label, models), colour in zip(histories.items(), COLOURS, strict=False):
-                epochs = [[factor * row[name] for row in history if row["kind"] == "epoch"] for history in models]
-                values = list(zip(*epochs, strict=True))
-                x = range(1, len(values) + 1)
-                axis.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
-                axis.plot(x, [sum(v) / len(v) for v in values], "-o", color=colour, label=label, lw=2, markersize=3)
-            axis.set(title=title, xlabel="epoch", ylabel=unit)
+        figure = _figure(5.0, 3.3)
+        axis = figure.subplots()
+        for label, each in curves.items():
+            if any(curve.x != each[0].x for curve in each):
+                for curve in each:
+                    axis.plot(curve.x, curve.y, color=colours[label], lw=1.5, alpha=0.7)
+                continue
+            values = list(zip(*(curve.y for curve in each), strict=True))
+            if len(each) > 1:
+                low, high = [min(v) for v in values], [max(v) for v in values]
+                axis.fill_between(each[0].x, low, high, color=colours[label], alpha=0.18, lw=0)
+            means = [sum(v) / len(v) for v in values]
+            axis.plot(each[0].x, means, "-o", color=colours[label], lw=2, markersize=3.5)
+        some = next(iter(curves.values()))[0]
+        axis.set(title=title, xlabel=some.x_label, ylabel=some.y_label)
+        if all(float(x).is_integer() for each in curves.values() for curve in each for x in curve.x):
             axis.xaxis.get_major_locator().set_params(integer=True)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="lower center", ncols=len(labels))
-        figure.subplots_adjust(left=0.065, right=0.99, top=0.91, bottom=0.25, wspace=0.18)
-        return _svg(figure)
+        figure.subplots_adjust(left=0.15, right=0.97, top=0.88, bottom=0.17)
+        return _svg(figure, title)
 
 
 def weight_choice(
@@ -115,7 +89,7 @@ def weight_choice(
     baseline: tuple[float, float],
     margin: float,
 ) -> str:
-    """Accuracy against accuracy under PGD of every candidate weight, on the validation split.
+    """Accuracy against accuracy under PGD of every candidate weight, on the validation split, as an SVG element.
 
     Args:
         candidates: title -> (weight, accuracy, accuracy under PGD) of each candidate.
@@ -126,29 +100,50 @@ def weight_choice(
     with _style():
         figure = _figure(10.0, 4.2)
         axis = figure.subplots()
-        axis.axvspan(100 * (baseline[0] - margin), 101, color="#f1f5f2", zorder=0)
+        axis.axvspan(100 * (baseline[0] - margin), 101, color=_SHADE, zorder=0)
         axis.plot(100 * baseline[0], 100 * baseline[1], "s", color=COLOURS[0], markersize=8, label="cross-entropy")
         for (title, points), colour in zip(candidates.items(), COLOURS[1:], strict=False):
             accuracies, robust = [100 * p[1] for p in points], [100 * p[2] for p in points]
             axis.plot(accuracies, robust, "-o", color=colour, label=title, linewidth=1.5, markersize=4)
+            ring = {"markersize": 14, "markerfacecolor": "none", "markeredgecolor": colour, "markeredgewidth": 2}
             for weight, x, y in zip((p[0] for p in points), accuracies, robust, strict=True):
                 if weight == chosen.get(title):
-                    axis.plot(
-                        x, y, "o", markersize=14, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=2
-                    )
+                    axis.plot(x, y, "o", **ring)
         lowest = min(p[1] for points in candidates.values() for p in points)
+        highest = max(baseline[0], *(p[1] for points in candidates.values() for p in points))
         axis.set(
             title="Each dot is a weight; the ringed one was chosen, within the shaded 2 points of cross-entropy",
             xlabel="accuracy, validation split (%); candidates that lose more than 20 points are off the picture",
             ylabel="accuracy under L∞ PGD (%)",
-            xlim=(
-                100 * max(lowest, baseline[0] - 0.2) - 1,
-                100 * max(baseline[0], *(p[1] for c in candidates.values() for p in c)) + 1,
-            ),
+            xlim=(100 * max(lowest, baseline[0] - 0.2) - 1, 100 * highest + 1),
         )
         axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
         figure.subplots_adjust(left=0.065, right=0.79, top=0.92, bottom=0.12)
-        return _svg(figure)
+        return _svg(figure, "accuracy and accuracy under PGD of every candidate weight")
+
+
+def image(x: Tensor) -> str:
+    """An image (C, H, W) in [0, 1], C 1 or 3, as a data URI."""
+    pixels = x.detach().cpu().float().clamp(0, 1)
+    return _png(pixels.expand(3, -1, -1).permute(1, 2, 0))
+
+
+def attribution_map(attribution: Tensor) -> str:
+    """The magnitude of an attribution (C, H, W), summed over channels, as a data URI.
+
+    It is divided by its largest value, so the colour says where a model looks and not how large its gradient is.
+    """
+    magnitude = attribution.detach().cpu().float().abs().sum(0)
+    largest = float(magnitude.max())
+    if not (math.isfinite(largest) and largest > 0):
+        magnitude, largest = torch.zeros_like(magnitude), 1.0
+    colours = require("matplotlib", "the report's pictures").colormaps["magma"]
+    return _png(torch.from_numpy(colours((magnitude / largest).numpy())[:, :, :3]))
+
+
+def first_of_each_class(labels: Tensor, most: int = 10) -> Tensor:
+    """The indices of the first sample of each class, in the order of the classes, of the first ``most`` of them."""
+    return torch.stack([(labels == label).nonzero()[0, 0] for label in labels.unique()[:most]])
 
 
 def _style() -> Any:
@@ -160,18 +155,30 @@ def _figure(width: float, height: float) -> Any:
     return require("matplotlib.figure", "the report's pictures").Figure(figsize=(width, height))
 
 
-def _png(figure: Any) -> str:
+def _png(pixels: Tensor) -> str:
+    """(H, W, 3) in [0, 1] as a data URI of as many pixels."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
+    save = require("matplotlib.image", "the report's pictures").imsave
+    save(content, pixels.contiguous().numpy(), format="png", metadata={"Software": None})
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def _svg(figure: Any) -> str:
-    content = io.BytesIO()
-    figure.savefig(content, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
+def _svg(figure: Any, title: str) -> str:
+    """A figure as an SVG element of a page: without what a file needs, its names its own, its colours the page's."""
+    content = io.StringIO()
+    figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = content.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    for colour, of_page in _PAGE_COLOURS.items():
+        svg = svg.replace(colour, of_page)
+    own = hashlib.sha256(svg.encode()).hexdigest()[:8]
+    svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{own}-", svg)
+    width, height = (float(inches) * 72 for inches in figure.get_size_inches())
+    opening = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{_escaped(title)}"'
+    return re.sub(r"<svg [^>]*", lambda _: opening, svg, count=1)
 
 
-def first_of_each_class(labels: Tensor) -> Tensor:
-    """The indices of the first sample of each class, in the order of the classes."""
-    return torch.stack([(labels == label).nonzero()[0, 0] for label in labels.unique()])
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

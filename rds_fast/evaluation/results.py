@@ -67,6 +67,25 @@ class Results:
         return cls(dict(content["scalars"]), curves, dict(content["tables"]), tuple(content["notes"]))
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluation(Results):
+    """The results of all metrics that were measured.
+
+    Attributes:
+        samples: how many were measured; a metric that looks at fewer says so in its notes.
+        seconds: metric -> the time it took.
+    """
+
+    samples: int = 0
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Evaluation:
+        """What ``to_json`` wrote; raises as that of ``Results`` does."""
+        results = Results.from_json(content)
+        return cls(**vars(results), samples=int(content["samples"]), seconds=dict(content["seconds"]))
+
+
 def merged(parts: list[Results]) -> Results:
     """The results of several metrics as one, in their order.
 

@@ -14,7 +14,8 @@ from ..training.config import RESUMABLE_CHANGES, TrainingConfig
 from ..training.devices import cpu_threads, resolve_device
 from ..training.loop import train
 from ..training.names import check_name
-from .evaluate import EvaluationSettings, evaluate_run
+from .evaluate import evaluate_run
+from .settings import EvaluationSettings
 
 SWEEP = "sweep.json"
 BASELINE = "cross-entropy"
@@ -193,8 +194,8 @@ def _try(
     begun = (run_dir / runs.CONFIG).exists()
     train(config, run_dir, resume=begun, quiet=True, splits=splits)
     with cpu_threads(config.threads):
-        figures = evaluate_run(run_dir, settings, split="validation", device=config.device, splits=splits)
-    return dataclasses.asdict(figures)
+        evaluation = evaluate_run(run_dir, settings, split="validation", device=config.device, splits=splits)
+    return {"samples": evaluation.samples, **evaluation.scalars}
 
 
 def _open_record(path: Path, base: TrainingConfig, settings: EvaluationSettings) -> dict[str, Any]:

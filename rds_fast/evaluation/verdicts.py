@@ -6,30 +6,30 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from .evaluate import Figures
-from .sweep import BASELINE, OBJECTIVES
+from .results import Evaluation
 
-_RIVAL = "target-logit"
-_OURS = "density"
+Models = Sequence[Evaluation]  # of one kind, one a seed
 
-Models = Sequence[Figures]  # of one objective, one a seed
+_ACCURACIES = {"accuracy": "accuracy", "linf_accuracy": "accuracy under L∞ PGD"}
 
 
-def verdicts(rows: Mapping[str, Models]) -> list[str]:
-    """What the figures of cross-entropy and some penalties say.
+def verdicts(kinds: Mapping[str, Models], baseline: str, duel: tuple[str, str] | None = None) -> list[str]:
+    """What the figures of a baseline and of other kinds of models say.
 
     A difference of accuracies counts as one only beyond two standard errors (see ``difference``).
 
     Args:
-        rows: the models' figures by the names of ``OBJECTIVES``; cross-entropy among them.
+        kinds: title -> the evaluations of its models; the baseline among them.
+        baseline: the title of what the others are set against.
+        duel: the titles of two kinds to be set against each other besides: ours, and a published rival.
     """
-    penalised = {name: models for name, models in rows.items() if name != BASELINE}
-    sentences = [_against_baseline(name, models, rows[BASELINE]) for name, models in penalised.items()]
-    if penalised:
-        sentences.append(_ranking(rows))
-    if _RIVAL in penalised and _OURS in penalised:
-        sentences.append(_duel(penalised[_OURS], penalised[_RIVAL]))
-    return sentences
+    others = {title: models for title, models in kinds.items() if title != baseline}
+    sentences = [_against_baseline(title, models, baseline, kinds[baseline]) for title, models in others.items()]
+    if others and all(_mean(models, "linf_accuracy") is not None for models in kinds.values()):
+        sentences.append(_ranking(kinds))
+        if duel is not None and set(duel) <= set(kinds):
+            sentences.append(_duel(*duel, kinds))
+    return [sentence for sentence in sentences if sentence]
 
 
 def difference(one: Models, other: Models, figure: str = "linf_accuracy") -> tuple[float, float]:
@@ -48,12 +48,13 @@ def difference(one: Models, other: Models, figure: str = "linf_accuracy") -> tup
 
 
 def _values(models: Models, figure: str) -> list[float]:
-    return [getattr(figures, figure) for figures in models if getattr(figures, figure) is not None]
+    values = [evaluation.scalars.get(figure) for evaluation in models]
+    return [value for value in values if value is not None]
 
 
 def _mean(models: Models, figure: str) -> float | None:
     values = _values(models, figure)
-    return statistics.fmean(values) if values else None
+    return statistics.fmean(values) if len(values) == len(models) else None
 
 
 def _variance_of_mean(values: Sequence[float]) -> float:
@@ -61,15 +62,17 @@ def _variance_of_mean(values: Sequence[float]) -> float:
     return statistics.variance(values) / len(values) if len(values) > 1 else 0.0
 
 
-def _against_baseline(name: str, models: Models, baseline: Models) -> str:
+def _against_baseline(title: str, models: Models, baseline_title: str, baseline: Models) -> str:
+    """Empty where the two have no figure in common."""
     parts = [
-        f"accuracy {_change(models, baseline, 'accuracy')}",
-        f"accuracy under L∞ PGD {_change(models, baseline, 'linf_accuracy')}",
+        f"{words} {_change(models, baseline, figure)}"
+        for figure, words in _ACCURACIES.items()
+        if _mean(models, figure) is not None and _mean(baseline, figure) is not None
     ]
     before, after = _mean(baseline, "share"), _mean(models, "share")
     if before is not None and after is not None:
         parts.append(f"null share {before:.2f} → {after:.2f}")
-    return f"{OBJECTIVES[name].title}, against cross-entropy alone: {', '.join(parts)}."
+    return f"{title}, against {baseline_title}: {', '.join(parts)}." if parts else ""
 
 
 def _change(one: Models, other: Models, figure: str) -> str:
@@ -78,28 +81,26 @@ def _change(one: Models, other: Models, figure: str) -> str:
     return f"{_signed(points)} points (±{error:.1f}{remark})"
 
 
-def _ranking(rows: Mapping[str, Models]) -> str:
-    means = {name: statistics.fmean(figures.linf_accuracy for figures in models) for name, models in rows.items()}
-    first, second = sorted(rows, key=lambda name: -means[name])[:2]
-    points, error = difference(rows[first], rows[second])
+def _ranking(kinds: Mapping[str, Models]) -> str:
+    means = {title: statistics.fmean(_values(models, "linf_accuracy")) for title, models in kinds.items()}
+    first, second = sorted(kinds, key=lambda title: -means[title])[:2]
+    points, error = difference(kinds[first], kinds[second])
     beyond = "beyond" if points > error else "within"
     return (
-        f"Most accurate under L∞ PGD: {OBJECTIVES[first].title} ({100 * means[first]:.1f}%), then "
-        f"{OBJECTIVES[second].title} ({100 * means[second]:.1f}%); the difference of {points:.1f} points is "
-        f"{beyond} the error of ±{error:.1f}."
+        f"Most accurate under L∞ PGD: {first} ({100 * means[first]:.1f}%), then {second} "
+        f"({100 * means[second]:.1f}%); the difference of {points:.1f} points is {beyond} the error of ±{error:.1f}."
     )
 
 
-def _duel(ours: Models, rival: Models) -> str:
-    """The density penalty against the gradient of the target's logit, the baseline of Yang et al. (2024)."""
-    points, error = difference(ours, rival)
+def _duel(ours: str, rival: str, kinds: Mapping[str, Models]) -> str:
+    points, error = difference(kinds[ours], kinds[rival])
     if abs(points) <= error:
         outcome = "neither wins under L∞ PGD"
     else:
-        outcome = f"{'the density penalty' if points > 0 else 'the baseline'} wins under L∞ PGD"
+        outcome = f"{ours if points > 0 else rival} wins under L∞ PGD"
     return (
-        f"Density penalty against the gradient of the target's logit, the published baseline: {outcome} "
-        f"({_signed(points)} ± {error:.1f} points){_duel_of_shares(ours, rival)}."
+        f"{ours} against {rival}, the published baseline: {outcome} "
+        f"({_signed(points)} ± {error:.1f} points){_duel_of_shares(kinds[ours], kinds[rival])}."
     )
 
 
@@ -111,7 +112,7 @@ def _duel_of_shares(ours: Models, rival: Models) -> str:
     variance = _variance_of_mean(_values(ours, "share")) + _variance_of_mean(_values(rival, "share"))
     error = max(2 * math.sqrt(variance), 0.005)  # what two decimals do not show is no difference
     amount = "about as much" if abs(one - other) <= error else "less" if one < other else "more"
-    return f"; it leaves {amount} of its attribution on the null block ({one:.2f}, the baseline {other:.2f})"
+    return f"; the former leaves {amount} of its attribution on the null block ({one:.2f}, the latter {other:.2f})"
 
 
 def _signed(points: float) -> str:

@@ -1,0 +1,175 @@
+"""``rds-fast evaluate`` and ``compare``. The options of evaluate are the fields of EvaluationSettings."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..training import runs
+from ..training.checkpoints import write_atomically
+from ..training.devices import cpu_threads
+from ..training.extras import require
+from . import comparison, report, table
+from .evaluate import evaluate_run
+from .metrics import METRICS
+from .settings import ALL, FIELDS, EvaluationSettings
+
+PAGE = "evaluation.html"
+
+
+def _option(name: str) -> inspect.Parameter:
+    """A setting as an option whose default None says that it was not given; of several values with commas between."""
+    field = FIELDS[name]
+    kind = typing.get_type_hints(EvaluationSettings)[name]
+    if typing.get_origin(kind) is types.UnionType:
+        kind = next(each for each in typing.get_args(kind) if each is not type(None))
+    words = [field.metadata["help"]]
+    if typing.get_origin(kind) is tuple:
+        kind = str
+        words.append("Separated by commas.")
+    names = (*METRICS, ALL) if name == "metrics" else field.metadata["names"]
+    if names:
+        words.append(" | ".join(names))
+    if field.default not in (None, ()):  # here, since the option's own default is None
+        default = field.default
+        words.append(f"(default: {','.join(map(str, default)) if isinstance(default, tuple) else default})")
+    flags = ("--" + name.replace("_", "-"), *field.metadata["flags"])
+    option = typer.Option(*flags, help=" ".join(words), rich_help_panel=field.metadata["group"])
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def settings_from(options: dict[str, Any]) -> EvaluationSettings:
+    """The settings that the options given ask for.
+
+    Raises:
+        ValueError: a value is unknown, out of range or no number where one is needed.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    hints = typing.get_type_hints(EvaluationSettings)
+    for name, value in given.items():
+        if typing.get_origin(hints[name]) is tuple:
+            given[name] = _several(name, value, typing.get_args(hints[name])[0])
+    return EvaluationSettings(**given)
+
+
+def _several(name: str, text: str, kind: Any) -> tuple[Any, ...]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        return tuple(kind(part) for part in parts)
+    except ValueError as error:
+        raise ValueError(f"{name} is {text!r}; it must be numbers with commas between them") from error
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    *,
+    split: Annotated[str, typer.Option(help="test, or validation while anything is still to be chosen.")] = "test",
+    page: Annotated[bool, typer.Option("--page/--no-page", help=f"Write {PAGE} as well.")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.")] = None,
+    **options: Any,
+) -> None:
+    """Measure a trained model: accuracy, robustness, attributions, calibration.
+
+    Prints a table and writes evaluation.json and evaluation.html, a page that needs no other file, into the run's
+    folder.
+    """
+    settings = settings_from(options)
+    _require_output(*(["matplotlib"] if page else []))
+    splits = runs.read_config(run).load_data() if (run / runs.MODEL).is_file() else None  # else evaluate_run says so
+    with cpu_threads(threads):
+        evaluate_run(run, settings, split=split, device=device, splits=splits, report=_to_stderr)
+        found = comparison.compare([run])
+        _print(found, run.name)
+        print(f"written: {run / runs.EVALUATION}")
+        if page:
+            lead = report.lead_of(found)
+            content = report.render(found, title=run.name, lead=lead, splits=splits, commands=[command_line()])
+            write_atomically(run / PAGE, content.encode())
+            print(f"report: {(run / PAGE).resolve()}")
+
+
+def compare(
+    run: Annotated[list[Path], typer.Argument(help="Folders of evaluated runs.", show_default=False)],
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The page (default: comparison.html, or none with --markdown or --csv).", show_default=False),
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print the figures as CSV, with every digit.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Compare runs that differ in data, split, samples or the evaluation.")
+    ] = False,
+) -> None:
+    """Set evaluated runs side by side: a table, curves and attribution maps.
+
+    Runs that differ in nothing but the seed are one row, with mean and standard error. The best of each column is
+    bold.
+    """
+    if markdown and csv:
+        raise ValueError("--markdown and --csv are both given; the table is printed once, so give one of them")
+    wants_page = out is not None or not (markdown or csv)
+    _require_output(*(["matplotlib"] if wants_page else []))
+    found = comparison.compare(run, force=force)
+    for warning in found.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if markdown:
+        print(table.markdown(found.models, found.settings), end="")
+    elif csv:
+        print(table.comma_separated(found.models, found.settings), end="")
+    else:
+        _print(found, found.first.training.data)
+    if wants_page:
+        path = out or Path("comparison.html")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        names = dict.fromkeys(group.training.data for group in found.groups)
+        lead = report.lead_of(found)
+        content = report.render(found, title=f"Comparison on {', '.join(names)}", lead=lead, commands=[command_line()])
+        write_atomically(path, content.encode())
+        _to_stderr(f"report: {path.resolve()}")
+
+
+def _print(found: comparison.Comparison, name: str) -> None:
+    """The table, what follows from it, and the notes."""
+    first, several = found.first, any(len(group.runs) > 1 for group in found.groups)
+    title = f"{name}, {first.evaluation.samples} {first.split} samples"
+    captions = ["mean ± standard error over the seeds"] if several else []
+    captions += ["the best of each column is bold"] if len(found.groups) > 1 else []
+    table.print_table(title, found.models, found.settings, "; ".join(captions) or None)
+    for sentence in [*report.spoken(found), *report.notes_of(found)]:
+        print(f"- {sentence}")
+
+
+def _require_output(*modules: str) -> None:
+    """What prints the results, looked for before the work rather than after it."""
+    for module in ("rich.table", *modules):
+        require(module, "the results")
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def command_line() -> str:
+    """The command that is running, as a user would type it."""
+    return shlex.join(["rds-fast", *sys.argv[1:]])
+
+
+def _with_options(function: Any) -> None:
+    """Put an option for each setting in the place of ``**options``."""
+    signature = inspect.signature(function, eval_str=True)
+    fixed = [parameter for name, parameter in signature.parameters.items() if name != "options"]
+    function.__signature__ = signature.replace(parameters=[*fixed, *map(_option, FIELDS)])
+
+
+_with_options(evaluate)
