@@ -143,6 +143,14 @@ def _known(settings: EvaluationSettings) -> tuple[Column, ...]:
             "autoattack_l2_accuracy", GENERAL, f"AutoAttack {l2}", True, 1, "The same in the ball of Euclidean length."
         ),
         Column(
+            "square_accuracy",
+            GENERAL,
+            f"Square {linf}",
+            True,
+            1,
+            "The same under a random search that sees no gradient; on fewer samples.",
+        ),
+        Column(
             "masked",
             GENERAL,
             "masked",

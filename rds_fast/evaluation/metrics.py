@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import nn
 
 from ..training import data
+from ..training.extras import missing
 from . import (
     accuracy,
     auto_attack,
@@ -34,6 +36,20 @@ def _no_null_block(split: data.Split, settings: EvaluationSettings) -> str | Non
     return "these data have no null block" if getattr(split, "signal_on_top", None) is None else None
 
 
+def _no_groups(split: data.Split, settings: EvaluationSettings) -> str | None:
+    return "these data have no groups" if split.group_names is None else None
+
+
+def _no_other_data(split: data.Split, settings: EvaluationSettings) -> str | None:
+    return None if settings.ood_data else "ood_data names no other data"
+
+
+def _no_autoattack(split: data.Split, settings: EvaluationSettings) -> str | None:
+    if importlib.util.find_spec(auto_attack.PACKAGE) is None:
+        return str(missing(auto_attack.PACKAGE, "AutoAttack"))
+    return None
+
+
 class Metric(NamedTuple):
     """One metric.
 
@@ -51,13 +67,13 @@ class Metric(NamedTuple):
 METRICS: dict[str, Metric] = {
     "accuracy": Metric(accuracy.measure),
     "calibration": Metric(calibration.measure),
-    "groups": Metric(groups.measure),
+    "groups": Metric(groups.measure, obstacle=_no_groups),
     "pgd": Metric(robust_accuracy.measure),
-    "autoattack": Metric(auto_attack.measure, unasked=False),
+    "autoattack": Metric(auto_attack.measure, unasked=False, obstacle=_no_autoattack),
     "sanity": Metric(sanity.measure, unasked=False),
     "leakage": Metric(leakage.measure, obstacle=_no_null_block),
     "gradient_norm": Metric(gradient_norm.measure),
-    "out_of_distribution": Metric(out_of_distribution.measure, unasked=False),
+    "out_of_distribution": Metric(out_of_distribution.measure, obstacle=_no_other_data),
 }
 
 
