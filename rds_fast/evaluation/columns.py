@@ -158,6 +158,14 @@ def _known(settings: EvaluationSettings) -> tuple[Column, ...]:
             f"The same in the ball of Euclidean length; {few}.",
         ),
         Column(
+            "square_accuracy",
+            GENERAL,
+            f"Square {linf}",
+            True,
+            1,
+            "The same under a random search that sees no gradient; on fewer samples.",
+        ),
+        Column(
             "masked",
             SANITY,
             "masked",

@@ -35,6 +35,8 @@ def square_attack(
     random side of the ball for each channel, and keeps it where it lowers the margin f_y − max_{i≠y} fᵢ; the squares
     shrink as the queries go. A sample is left alone once its margin is negative.
 
+    The authors' code never paints the last row and column of an image; this does, and breaks more for it.
+
     What the logits' scale, a vanishing gradient or a step function hide from gradients, they do not hide from this.
 
     Args:
