@@ -77,8 +77,10 @@ def attribution_attack(
         element, without any tolerance; ``model(x').argmax(1)`` is ``model(x).argmax(1)``.
 
     Raises:
-        TypeError: x is not floating.
-        ValueError: a setting is out of range, or x leaves the bounds.
+        TypeError: x is not floating, or y not int64.
+        ValueError: a setting is out of range, shapes do not fit, or x leaves the bounds.
+        IndexError: on CPU, a class index is out of range; on CUDA a device assertion fails, as in PyTorch.
+        RuntimeError: the logits do not depend on x differentiably.
         FloatingPointError: a gradient is not finite.
     """
     _check(

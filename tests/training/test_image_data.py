@@ -120,7 +120,11 @@ def remove(path: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (remove("."), FileNotFoundError, r"the data root .*images is not a folder; expected one that holds train/CLASS and"),
+        (
+            remove("."),
+            FileNotFoundError,
+            r"the data root .*images is not a folder; expected one that holds train/CLASS and",
+        ),
         (remove("val"), FileNotFoundError, r"holds no folder val; expected train/CLASS and val/CLASS"),
         (
             lambda root: (remove("val")(root), remove("train")(root)),
