@@ -36,7 +36,7 @@ def run(*arguments: object) -> str:
 def evaluated(run_dir: Path) -> dict[str, object]:
     record = json.loads((run_dir / "evaluation.json").read_text())
     assert record["split"] == "test"
-    return record["figures"]
+    return {"samples": record["samples"], **record["scalars"]}
 
 
 def test_train_is_killed_and_resumed_and_evaluated(tmp_path: Path) -> None:

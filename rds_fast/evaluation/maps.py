@@ -43,10 +43,10 @@ def attribution_maps(comparison: Comparison, colours: Mapping[str, str], splits:
         rows.append(_row(title, f"--colour: {colours[title]}", maps, _shares(attribution, samples)))
     tall = x.shape[2] / x.shape[3]
     height = f"{76 * min(max(tall, 1.0), 2.0):.0f}px"
-    table = (
-        f'<div class="wide"><table class="maps" style="--height: {height}"><tbody>{"".join(rows)}</tbody></table></div>'
+    table = f'<table class="maps" style="--height: {height}"><tbody>{"".join(rows)}</tbody></table>'
+    return page.captioned(
+        f'<div class="wide">{table}</div>', _CAPTION + (_SHARES if samples.signal_on_top is not None else "")
     )
-    return page.captioned(table, _CAPTION + (_SHARES if samples.signal_on_top is not None else ""))
 
 
 def _shares(attribution: Tensor, samples: data.Images) -> list[str] | None:
@@ -62,4 +62,9 @@ def _row(title: str, style: str, uris: list[str], captions: list[str] | None = N
         below = f"<small>{captions[number]}</small>" if captions else ""
         cells.append(f'<td><img src="{uri}" alt="{html.escape(title)}, sample {number + 1}">{below}</td>')
     mark = "<i></i>" if style else ""
-    return f'<tr style="{style}"><th scope="row">{mark}{html.escape(title)}</th>{"".join(cells)}</tr>'
+    return f'<tr style="{style}"><th scope="row">{mark}{html.escape(_unbroken(title))}</th>{"".join(cells)}</tr>'
+
+
+def _unbroken(title: str) -> str:
+    """No line ends inside "λ = 2"."""
+    return title.replace(" = ", "\u00a0=\u00a0")

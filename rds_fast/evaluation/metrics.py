@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,11 +12,16 @@ from ..training import data
 from . import (
     accuracy,
     attribution_robustness,
+    auto_attack,
+    calibration,
     gradient_norm,
     gradient_perturbation,
+    groups,
     leakage,
+    out_of_distribution,
     pixel_perturbation,
     robust_accuracy,
+    sanity,
     spuriosity,
 )
 from .results import Results
@@ -39,6 +45,19 @@ def _no_null_block(split: data.Split, settings: EvaluationSettings) -> str | Non
     return "these data have no null block" if getattr(split, "signal_on_top", None) is None else None
 
 
+def _no_groups(split: data.Split, settings: EvaluationSettings) -> str | None:
+    return "these data have no groups" if split.group_names is None else None
+
+
+def _no_other_data(split: data.Split, settings: EvaluationSettings) -> str | None:
+    return None if settings.ood_data else "no other data are named in ood_data"
+
+
+def _no_autoattack(split: data.Split, settings: EvaluationSettings) -> str | None:
+    found = importlib.util.find_spec("pyautoattack")
+    return "pyautoattack is not installed" if found is None else None
+
+
 class Metric(NamedTuple):
     """One metric.
 
@@ -55,13 +74,18 @@ class Metric(NamedTuple):
 
 METRICS: dict[str, Metric] = {
     "accuracy": Metric(accuracy.measure),
+    "calibration": Metric(calibration.measure),
+    "groups": Metric(groups.measure, obstacle=_no_groups),
+    "spuriosity": Metric(spuriosity.measure, unasked=False, obstacle=_no_spuriosity),
     "pgd": Metric(robust_accuracy.measure),
+    "autoattack": Metric(auto_attack.measure, unasked=False, obstacle=_no_autoattack),
+    "sanity": Metric(sanity.measure, unasked=False),
     "leakage": Metric(leakage.measure, obstacle=_no_null_block),
     "gradient_norm": Metric(gradient_norm.measure),
     "attribution": Metric(attribution_robustness.measure, unasked=False),
     "pixel_perturbation": Metric(pixel_perturbation.measure, unasked=False),
     "gradient_perturbation": Metric(gradient_perturbation.measure, unasked=False),
-    "spuriosity": Metric(spuriosity.measure, unasked=False, obstacle=_no_spuriosity),
+    "out_of_distribution": Metric(out_of_distribution.measure, unasked=False, obstacle=_no_other_data),
 }
 
 

@@ -103,10 +103,11 @@ def figures_table(
 
 
 def _cell(column: Column, label: str, rows: Mapping[str, Mapping[str, Figure]], winner: bool) -> str:
-    """A number above a bar: of the whole for shares in percent, else of the column's largest number."""
+    """A number above a bar: of the whole for shares in percent, else of the column's largest number, if of several."""
     values = {other: figures.get(column.figure, Figure(None)) for other, figures in rows.items()}
     value, error = values[label]
-    full = 1.0 if column.percent else max((f.mean for f in values.values() if f.mean is not None), default=0.0)
+    several = [f.mean for f in values.values() if f.mean is not None] if len(rows) > 1 else []
+    full = 1.0 if column.percent else max(several, default=0.0)
     width = min(max(100 * value / full, 0), 100) if value is not None and full > 0 else 0
     opening = '<td class="best">' if winner else "<td>"
     return (
@@ -118,9 +119,15 @@ def _cell(column: Column, label: str, rows: Mapping[str, Mapping[str, Figure]], 
 def plain_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of the same columns: words to the left, numbers to the right."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    head = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in names)
+    words = {name for row in rows for name, value in row.items() if isinstance(value, str)}
+    head = "".join(_plain_head(name, name in words) for name in names)
     body = "".join(f"<tr>{''.join(_plain_cell(row.get(name)) for name in names)}</tr>" for row in rows)
     return f'<div class="wide"><table class="plain"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _plain_head(name: str, of_words: bool) -> str:
+    opening = '<th class="word">' if of_words else "<th>"
+    return f"{opening}{html.escape(name.replace('_', ' '))}</th>"
 
 
 def _plain_cell(value: Any) -> str:

@@ -74,6 +74,8 @@ class EvaluationSettings:
     l2_step_size: float | None = _setting(None, "Attacks", "Of the L2 PGD (default: 2.5 radii / steps).", above=0)
     restarts: int = _setting(1, "Attacks", "Random starts of PGD; a sample counts as right if all fail.", least=1)
     strong_limit: int = _setting(200, "Attacks", "Samples of autoattack and sanity, drawn at random.", least=1)
+    strong_steps: int = _setting(100, "Attacks", "Steps of AutoAttack's APGD and FAB.", least=1)
+    square_queries: int = _setting(5000, "Attacks", "Queries of the Square attack, in autoattack and sanity.", least=1)
 
     attribution_limit: int = _setting(200, "Attributions", "Samples with attacked or perturbed attributions.", least=1)
     attribution_k: int = _setting(100, "Attributions", "Pixels of the top-k intersection.", least=1)
@@ -108,7 +110,11 @@ class EvaluationSettings:
         "mean", "Attributions", "What removed pixels become: mean (of those kept), or a number from 0 to 1."
     )
 
-    ood_data: tuple[str, ...] = _setting((), "Other data", "Data sets that are out of distribution.")
+    ood_data: tuple[str, ...] = _setting(
+        (),
+        "Other data",
+        "What is out of distribution: names of data sets, NAME=FOLDER for those on the disk, noise or uniform.",
+    )
     spuriosity: str | None = _setting(None, "Other data", "File of the samples' spuriosity scores.")
     spuriosity_k: int = _setting(100, "Other data", "Images of each class that count as most, and as least.", least=1)
 
@@ -125,6 +131,7 @@ class EvaluationSettings:
                 _check(name, each, kind, field.metadata)
         self._check_metrics()
         self._check_fill()
+        self._check_ood_data()
         if list(self.perturbation_ratios) != sorted(set(self.perturbation_ratios)):
             raise ValueError(f"perturbation_ratios is {self.perturbation_ratios}; it must rise from each to the next")
 
@@ -133,6 +140,13 @@ class EvaluationSettings:
 
         for name in self.metrics:
             check_name("a metric", name, (*METRICS, ALL))
+
+    def _check_ood_data(self) -> None:
+        from .other_data import parse_source
+
+        names = [parse_source(source)[0] for source in self.ood_data]
+        if len(set(names)) < len(names):
+            raise ValueError(f"ood_data is {self.ood_data}; each data set may be named once")
 
     def _check_fill(self) -> None:
         if self.fill == "mean":

@@ -13,13 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rds_fast.evaluation.evaluate import (
-    EvaluationSettings,
-    Figures,
-    evaluate_model,
-    evaluate_run,
-    mean_and_spread,
-)
+from rds_fast.evaluation import record
+from rds_fast.evaluation.evaluate import evaluate_model, evaluate_run
+from rds_fast.evaluation.settings import EvaluationSettings
 from rds_fast.training import Images, Splits, TrainingConfig, load_model, train
 
 FEW_STEPS = EvaluationSettings(steps=5)
@@ -43,36 +39,86 @@ def test_by_hand() -> None:
     # The margins to the boundary at 1/2 are 0.4, 0.05 and 0.2; the last sample is classified wrongly.
     images = pixels([0.9, 0.55, 0.7, 0.7], [1, 1, 1, 0], [False, True, True, True])
     settings = EvaluationSettings(linf_epsilon=0.1, l2_epsilon=0.3, steps=20)
-    figures = evaluate_model(TopBlock(), images, settings)
-    assert figures.samples == 4
-    assert figures.accuracy == 0.75
-    assert figures.linf_accuracy == 0.5
-    assert figures.l2_accuracy == 0.25
+    evaluation = evaluate_model(TopBlock(), images, settings)
+    assert evaluation.samples == 4
+    figures = evaluation.scalars
+    assert figures["accuracy"] == 0.75
+    assert figures["linf_accuracy"] == 0.5
+    assert figures["l2_accuracy"] == 0.25
     # ∇ f_1 = 4 at the pixel, ∇ f_0 = 0: the pixel is on the null block of the first sample alone, and the last sample
     # has no gradient and so no share.
-    assert figures.leakage == 1.0
-    assert figures.share == pytest.approx(1 / 3)
+    assert figures["leakage"] == 1.0
+    assert figures["share"] == pytest.approx(1 / 3)
     expected = sum(4 / (1 + math.exp(-4 * (value - 0.5))) for value in (0.9, 0.55, 0.7, 0.7)) / 4
-    assert figures.gradient_norm == pytest.approx(expected, rel=1e-5)
+    assert figures["gradient_norm"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_without_a_null_block_there_is_no_leakage() -> None:
+def test_without_a_null_block_leakage_is_left_out_and_said_so() -> None:
     images = dataclasses.replace(pixels([0.9], [1], [True]), signal_on_top=None)
-    figures = evaluate_model(TopBlock(), images, FEW_STEPS)
-    assert figures.leakage is None
-    assert figures.share is None
+    evaluation = evaluate_model(TopBlock(), images, FEW_STEPS)
+    assert not {"leakage", "share"} & set(evaluation.scalars)
+    assert "leakage is left out: these data have no null block." in evaluation.notes
+    everything = evaluate_model(TopBlock(), images, EvaluationSettings(metrics=("gradient_norm", "accuracy")))
+    assert list(everything.scalars) == ["accuracy", "gradient_norm"]
+    assert everything.notes == ()
+
+
+def test_a_metric_that_was_named_and_does_not_fit_fails_before_any_other_is_measured() -> None:
+    class Unused(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise AssertionError("the model was called")
+
+    images = dataclasses.replace(pixels([0.9], [1], [True]), signal_on_top=None)
+    with pytest.raises(ValueError, match="the metric leakage cannot be measured: these data have no null block"):
+        evaluate_model(Unused(), images, EvaluationSettings(metrics=("accuracy", "leakage")))
+
+
+@pytest.mark.parametrize("metrics", [("pgd",), ("leakage", "pgd"), ("gradient_norm",)])
+def test_a_metric_measured_alone_gives_the_figures_that_it_gives_among_all(
+    metrics: tuple[str, ...], finished_run: Path, splits: Splits
+) -> None:
+    model, _ = load_model(finished_run)
+    settings = dataclasses.replace(FEW_STEPS, batch_size=32)
+    every = evaluate_model(model, splits.test, settings)
+    some = evaluate_model(model, splits.test, dataclasses.replace(settings, metrics=metrics))
+    assert set(some.seconds) == set(metrics)
+    assert some.scalars
+    assert some.scalars == {name: every.scalars[name] for name in some.scalars}
+
+
+class Ridge(nn.Module):
+    """Class 1 on both sides of the middle, by one pixel: f = (0, |x − 1/2| − 0.08). The side decides where PGD goes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = (x[:, 0, 0, 0] - 0.52).abs() - 0.08
+        return torch.stack((torch.zeros_like(score), score), 1)
+
+
+def test_a_sample_is_right_under_restarts_if_every_start_leaves_it_right() -> None:
+    # Label 0, x = 0.5 and ε = 0.09: upwards to 0.59 the model stays right, downwards to 0.41 it does not. One random
+    # start of a sample is below the ridge at 0.52 with probability 0.11 / 0.18 = 0.61, one of three with 0.94.
+    images = pixels([0.5] * 400, [0] * 400, [True] * 400)
+    one = EvaluationSettings(metrics=("pgd",), steps=10, linf_epsilon=0.09)
+    accuracy = {
+        restarts: evaluate_model(Ridge(), images, dataclasses.replace(one, restarts=restarts)).scalars["linf_accuracy"]
+        for restarts in (1, 3)
+    }
+    for restarts, found in accuracy.items():
+        expected = (1 - 0.11 / 0.18) ** restarts
+        assert found == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / 400))
 
 
 def test_images_of_bytes_are_measured_in_the_unit_interval() -> None:
     floats = pixels([1.0, 0.2], [1, 0], [True, False])
     as_bytes = dataclasses.replace(floats, images=(255 * floats.images).byte())
-    assert evaluate_model(TopBlock(), as_bytes, FEW_STEPS) == evaluate_model(TopBlock(), floats, FEW_STEPS)
+    measured = [evaluate_model(TopBlock(), images, FEW_STEPS).scalars for images in (as_bytes, floats)]
+    assert measured[0] == measured[1]
 
 
 def test_without_any_gradient_there_is_no_share() -> None:
     figures = evaluate_model(TopBlock(), pixels([0.2], [0], [True]), FEW_STEPS)
-    assert figures.leakage == 0.0
-    assert figures.share is None
+    assert figures.scalars["leakage"] == 0.0
+    assert figures.scalars["share"] is None
 
 
 def test_no_samples_are_refused() -> None:
@@ -84,18 +130,18 @@ def test_the_same_seed_gives_the_same_figures_and_the_mode_is_restored(finished_
     model, _ = load_model(finished_run)
     model[2].train()
     first = evaluate_model(model, splits.test, FEW_STEPS)
-    assert first == evaluate_model(model, splits.test, FEW_STEPS)
+    assert first.scalars == evaluate_model(model, splits.test, FEW_STEPS).scalars
     assert [module.training for module in model] == [False, False, True, False, False, False]
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_batches_bound_the_memory_and_not_the_figures(finished_run: Path, splits: Splits) -> None:
     model, _ = load_model(finished_run)
-    whole = evaluate_model(model, splits.test, FEW_STEPS)
-    parts = evaluate_model(model, splits.test, dataclasses.replace(FEW_STEPS, batch_size=7))
+    whole = evaluate_model(model, splits.test, FEW_STEPS).scalars
+    parts = evaluate_model(model, splits.test, dataclasses.replace(FEW_STEPS, batch_size=7)).scalars
     for name in ("accuracy", "leakage", "share", "gradient_norm"):  # the attacks' starts are dealt out otherwise
-        assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-5)
-    assert parts.linf_accuracy == pytest.approx(whole.linf_accuracy, abs=0.05)
+        assert parts[name] == pytest.approx(whole[name], rel=1e-5)
+    assert parts["linf_accuracy"] == pytest.approx(whole["linf_accuracy"], abs=0.05)
 
 
 def test_a_limit_takes_samples_of_all_classes(finished_run: Path, splits: Splits) -> None:
@@ -116,15 +162,33 @@ def test_a_limit_takes_samples_of_all_classes(finished_run: Path, splits: Splits
 def test_a_run_gets_its_evaluation_json(finished_run: Path, splits: Splits) -> None:
     settings = dataclasses.replace(FEW_STEPS, limit=50)
     test = evaluate_run(finished_run, settings, device="cpu", splits=splits)
-    record = json.loads((finished_run / "evaluation.json").read_text())
-    assert record["split"] == "test"
-    assert Figures(**record["figures"]) == test
-    assert EvaluationSettings.from_settings(record["settings"]) == settings
-    assert record["training"]["objective"] == "density"
-    assert record["device"] == "cpu"
+    written = json.loads((finished_run / "evaluation.json").read_text())
+    assert written["scalars"] == test.scalars
+    assert (written["samples"], written["split"], written["device"]) == (50, "test", "cpu")
+    assert set(written["seconds"]) >= {"accuracy", "pgd", "leakage", "gradient_norm"}
+    assert written["versions"]["torch"] == torch.__version__
+    assert written["training"]["objective"] == "density"
+    read = record.read(finished_run)
+    assert read.evaluation == test
+    assert read.settings == settings
+    assert read.training == load_model(finished_run)[1]
     validation = evaluate_run(finished_run, settings, split="validation", device="cpu", splits=splits)
-    assert json.loads((finished_run / "evaluation.json").read_text())["split"] == "validation"
-    assert validation != test
+    again = record.read(finished_run)
+    assert again.split == "validation"
+    assert again.fingerprint != read.fingerprint
+    assert validation.scalars != test.scalars
+
+
+def test_a_run_that_was_not_evaluated_or_whose_record_is_damaged_is_named(tmp_path: Path, finished_run: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        record.read(tmp_path)
+    (tmp_path / "config.json").write_bytes((finished_run / "config.json").read_bytes())
+    with pytest.raises(FileNotFoundError, match="was not evaluated; 'rds-fast evaluate"):
+        record.read(tmp_path)
+    for content in ("{", "[]", "{}", '{"figures": {}}'):
+        (tmp_path / "evaluation.json").write_text(content)
+        with pytest.raises(ValueError, match="damaged or of another version"):
+            record.read(tmp_path)
 
 
 def test_what_is_wrong_is_named(finished_run: Path, tmp_path: Path) -> None:
@@ -132,20 +196,6 @@ def test_what_is_wrong_is_named(finished_run: Path, tmp_path: Path) -> None:
         evaluate_run(finished_run, FEW_STEPS, split="tests")
     with pytest.raises(FileNotFoundError, match="holds no run"):
         evaluate_run(tmp_path, FEW_STEPS)
-    for change in ({"steps": 0}, {"limit": 0}, {"batch_size": 0}, {"linf_epsilon": -1.0}, {"l2_epsilon": math.inf}):
-        with pytest.raises(ValueError, match=next(iter(change))):
-            EvaluationSettings(**change)
-
-
-def test_mean_and_spread() -> None:
-    one = Figures(10, 0.5, 0.2, 0.3, 1.0, 0.4, 2.0)
-    other = Figures(10, 0.7, 0.4, 0.3, 3.0, None, 4.0)
-    mean, spread = mean_and_spread([one, other])
-    assert mean == Figures(10, pytest.approx(0.6), pytest.approx(0.3), 0.3, 2.0, None, 3.0)
-    assert spread is not None
-    assert spread.accuracy == pytest.approx(0.2 / math.sqrt(2))
-    assert spread.l2_accuracy == 0.0
-    assert mean_and_spread([one]) == (one, None)
 
 
 def test_a_folder_of_images_is_evaluated_on_the_splits_that_it_has(tmp_path: Path) -> None:
@@ -165,4 +215,4 @@ def test_a_folder_of_images_is_evaluated_on_the_splits_that_it_has(tmp_path: Pat
     assert figures.samples == 6
     few = evaluate_run(tmp_path / "run", EvaluationSettings(steps=1, limit=4), split="validation", device="cpu")
     assert few.samples == 4
-    assert figures.leakage is None
+    assert "leakage" not in figures.scalars

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import json
 import re
@@ -10,19 +9,25 @@ from pathlib import Path
 
 import pytest
 
-from rds_fast.evaluation import report as report_module
+from rds_fast.evaluation import demo_report
+from rds_fast.evaluation.columns import best, columns
+from rds_fast.evaluation.comparison import Comparison, compare
 from rds_fast.evaluation.demo import SHOWN, Trained, demo, label
-from rds_fast.evaluation.evaluate import EvaluationSettings, Figures, mean_and_spread
+from rds_fast.evaluation.report import spoken
+from rds_fast.evaluation.results import Evaluation
+from rds_fast.evaluation.settings import EvaluationSettings
+from rds_fast.evaluation.summary import Figure
 from rds_fast.evaluation.sweep import BASELINE, PENALTIES
-from rds_fast.evaluation.table import best, columns, print_table
+from rds_fast.evaluation.table import columns_of, print_table, rows_of
 from rds_fast.evaluation.verdicts import difference, verdicts
 from rds_fast.training import TrainingConfig
 
 SETTINGS = EvaluationSettings(steps=3, limit=40)
 
 
-def figures(accuracy: float, robust: float, share: float | None = 0.5, samples: int = 1000) -> Figures:
-    return Figures(samples, accuracy, robust, robust, 1.0, share, 1.0)
+def figures(accuracy: float, robust: float, share: float | None = 0.5, samples: int = 1000) -> Evaluation:
+    names = ("accuracy", "linf_accuracy", "l2_accuracy", "leakage", "share", "gradient_norm")
+    return Evaluation(dict(zip(names, (accuracy, robust, robust, 1.0, share, 1.0), strict=True)), samples=samples)
 
 
 def record() -> dict[str, object]:
@@ -58,52 +63,74 @@ def models(splits, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[T
 
 
 @pytest.fixture(scope="module")
-def page(models: dict[str, list[Trained]], splits) -> str:
+def comparison(models: dict[str, list[Trained]]) -> Comparison:
+    return compare([trained.run_dir for each in models.values() for trained in each])
+
+
+@pytest.fixture(scope="module")
+def page(models: dict[str, list[Trained]], comparison: Comparison, splits) -> str:
     pytest.importorskip("matplotlib", reason="needs the extra train")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingConfig, "load_data", lambda config: splits)
-        return report_module.render(models, record(), SETTINGS, ["rds-fast sweep", "rds-fast demo --limit '40'"])
+    commands = ["rds-fast sweep", "rds-fast demo --limit '40'"]
+    duel = (label("density", models["density"]), label("target-logit", models["target-logit"]))
+    return demo_report.render(comparison, record(), commands, duel=duel, splits=splits)
 
 
 def test_the_demo_trains_each_objective_with_its_chosen_weight(models: dict[str, list[Trained]]) -> None:
     assert tuple(models) == SHOWN
     for name, each in models.items():
         assert [trained.config.seed for trained in each] == [0, 1]
-        assert {trained.figures.samples for trained in each} == {40}
         for trained in each:
+            assert trained.evaluation.samples == 40
             assert trained.config.epochs == 2
             evaluation = json.loads((trained.run_dir / "evaluation.json").read_text())
             assert evaluation["split"] == "test"
-            assert Figures(**evaluation["figures"]) == trained.figures
+            assert evaluation["scalars"] == trained.evaluation.scalars
             assert name == BASELINE or trained.config.weight == 0.1
     assert models["target-logit"][0].config.of == "target_logit"
     assert models["input-gradient"][0].config.of == "cross_entropy"
     assert models["density"][0].config.method == "exact"
 
 
+def test_the_comparison_has_the_demo_s_titles_and_runs(
+    models: dict[str, list[Trained]], comparison: Comparison
+) -> None:
+    assert comparison.groups[0].title == BASELINE
+    assert {group.title for group in comparison.groups} == {label(name, each) for name, each in models.items()}
+    assert {len(group.runs) for group in comparison.groups} == {2}
+    assert comparison.warnings == ()
+
+
 def test_the_page_needs_nothing_else(page: str) -> None:
     sources = re.findall(r'(?:src|href|data|action|poster|srcset)\s*=\s*"([^"]*)"', page)
-    assert len(sources) == 3
-    assert all(source.startswith(("data:image/png;base64,", "data:image/svg+xml;base64,")) for source in sources)
+    pictures = [source for source in sources if source.startswith("data:image/png;base64,")]
+    assert len(pictures) == 10 * 5  # samples, and the maps of four models
+    assert all(source.startswith("#") for source in set(sources) - set(pictures))  # within a drawing
+    ids = set(re.findall(r' id="([^"]*)"', page))
+    assert {source[1:] for source in set(sources) - set(pictures)} <= ids
     without_pictures = re.sub(r'src="data:[^"]*"', "", page)
-    for foreign in ("http:", "https:", "//", "url(", "@import", "<script", "<link", "<iframe"):
+    assert page.count("<svg ") == 3
+    for foreign in ("http:", "https:", "//", "@import", "<script", "<link", "<iframe", "<?xml", "<!DOCTYPE"):
         assert foreign not in without_pictures
+    assert set(re.findall(r"url\(#(.*?)\)", without_pictures)) <= ids
+    assert "url(" not in without_pictures.replace("url(#", "")
 
 
-def test_the_page_holds_the_figures_of_the_table(page: str, models: dict[str, list[Trained]]) -> None:
-    rows = re.findall(r"<tr style=.*?</tr>", page, re.DOTALL)
-    assert len(rows) == len(models)
-    for row, (name, each) in zip(rows, models.items(), strict=True):
-        assert html.escape(label(name, each)) in row
-        mean, spread = mean_and_spread([trained.figures for trained in each])
-        for cell, column in zip(re.findall(r"<td.*?</td>", row), columns(SETTINGS), strict=True):
-            value, deviation = getattr(mean, column.figure), getattr(spread, column.figure)
-            assert f">{column.text(value)}<small>{column.spread_text(deviation)}</small>" in cell
+def test_the_page_holds_the_figures_of_the_table(page: str, comparison: Comparison) -> None:
+    rows = re.findall(r'<tr style="--colour: #\w+"><th scope="row"><i></i>[^<]*</th><td(?!><img).*?</tr>', page)
+    assert len(rows) == len(comparison.groups)
+    means = rows_of(comparison.models)
+    shown = columns_of(means, comparison.settings)
+    for row, group in zip(rows, comparison.groups, strict=True):
+        assert html.escape(group.title) in row
+        for cell, column in zip(re.findall(r"<td.*?</td>", row), shown, strict=True):
+            mean, error = means[group.title][column.figure]
+            assert f">{column.text(mean)}<small>{column.error_text(error)}</small>" in cell
 
 
-def test_the_page_holds_verdicts_settings_and_commands(page: str, models: dict[str, list[Trained]]) -> None:
-    sentences = verdicts({name: [trained.figures for trained in each] for name, each in models.items()})
+def test_the_page_holds_verdicts_settings_and_commands(page: str, comparison: Comparison) -> None:
+    sentences = spoken(comparison, ("density ‖∇ log p‖, λ = 0.1", "target logit ‖∇ f_y‖, λ = 0.1"))
     assert len(sentences) == 5
+    assert sentences[-1].startswith("density ‖∇ log p‖, λ = 0.1 against target logit ‖∇ f_y‖, λ = 0.1, the published")
     for sentence in sentences:
         assert html.escape(sentence) in page
     assert "rds-fast demo --limit &#x27;40&#x27;" in page
@@ -112,19 +139,20 @@ def test_the_page_holds_verdicts_settings_and_commands(page: str, models: dict[s
 
 
 def test_the_best_of_a_column_is_found_by_what_is_printed() -> None:
-    accuracy, *_, share, norm = columns(SETTINGS)
-    rows = {"a": figures(0.9001, 0.1, 0.301), "b": figures(0.9004, 0.2, 0.299), "c": figures(0.8, 0.3, None)}
+    evaluations = {"a": figures(0.9001, 0.1, 0.301), "b": figures(0.9004, 0.2, 0.299), "c": figures(0.8, 0.3, None)}
+    rows = rows_of({name: [evaluation.scalars] for name, evaluation in evaluations.items()})
+    accuracy, share, norm = columns(SETTINGS, ["gradient_norm", "share", "accuracy"])
     assert best(accuracy, rows) == {"a", "b"}  # 90.0% both
     assert best(share, rows) == {"a", "b"}  # 0.30 both; less is better, and none is not least
     assert best(norm, rows) == set()
-    assert best(accuracy, {"a": rows["a"]}) == set()
+    assert best(accuracy, {"a": rows["a"], "d": {"accuracy": Figure(None)}}) == set()
 
 
 def test_the_table_is_printed_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("rich", reason="needs the extra train")
-    print_table("a title", {"model one": [figures(0.9, 0.25), figures(0.8, 0.35)]}, SETTINGS)
+    print_table("a title", {"model one": [figures(0.9, 0.25).scalars, figures(0.8, 0.35).scalars]}, SETTINGS)
     output = capsys.readouterr().out
-    for text in ("a title", "model one", "85.0%", "±7.1", "30.0%", "PGD L∞ 0.1", "PGD L2 1", "null share"):
+    for text in ("a title", "model one", "85.0%", "±5.0", "30.0%", "PGD L∞ 0.1", "PGD L2 1", "null share"):
         assert text in output
 
 
@@ -139,21 +167,21 @@ def test_a_difference_is_measured_against_seeds_and_samples() -> None:
 @pytest.mark.parametrize(
     ("ours", "rival", "outcome"),
     [
-        (figures(0.9, 0.6, 0.3), figures(0.9, 0.4, 0.5), ("the density penalty wins", "(+20.0 ±", "leaves less")),
-        (figures(0.9, 0.4, 0.5), figures(0.9, 0.6, 0.3), ("the baseline wins", "(−20.0 ±", "leaves more")),
+        (figures(0.9, 0.6, 0.3), figures(0.9, 0.4, 0.5), ("ours wins", "(+20.0 ±", "leaves less")),
+        (figures(0.9, 0.4, 0.5), figures(0.9, 0.6, 0.3), ("theirs wins", "(−20.0 ±", "leaves more")),
         (figures(0.9, 0.41, 0.3), figures(0.9, 0.40, 0.3), ("neither wins", "(+1.0 ±", "about as much")),
     ],
 )
-def test_whoever_wins_is_named(ours: Figures, rival: Figures, outcome: tuple[str, ...]) -> None:
-    rows = {BASELINE: [figures(0.9, 0.0)], "target-logit": [rival], "density": [ours]}
-    duel = verdicts(rows)[-1]
+def test_whoever_wins_is_named(ours: Evaluation, rival: Evaluation, outcome: tuple[str, ...]) -> None:
+    rows = {BASELINE: [figures(0.9, 0.0)], "theirs": [rival], "ours": [ours]}
+    duel = verdicts(rows, BASELINE, ("ours", "theirs"))[-1]
     for text in outcome:
         assert text in duel
 
 
 def test_cross_entropy_may_win_too() -> None:
     rows = {BASELINE: [figures(0.9, 0.6)], "density": [figures(0.7, 0.2, None)]}
-    against, ranking = verdicts(rows)
+    against, ranking = verdicts(rows, BASELINE)
     assert "accuracy −20.0 points" in against
     assert "share" not in against
     assert ranking.startswith("Most accurate under L∞ PGD: cross-entropy (60.0%)")
@@ -161,8 +189,8 @@ def test_cross_entropy_may_win_too() -> None:
 
 
 def test_a_tie_is_within_the_error() -> None:
-    rows = {BASELINE: [figures(0.9, 0.6)], "density": [dataclasses.replace(figures(0.9, 0.6))]}
-    assert "within the error" in verdicts(rows)[-1]
+    rows = {BASELINE: [figures(0.9, 0.6)], "density": [figures(0.9, 0.6)]}
+    assert "within the error" in verdicts(rows, BASELINE)[-1]
 
 
 def test_weights_for_data_without_a_null_block_are_refused(tmp_path: Path) -> None:
