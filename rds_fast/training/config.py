@@ -200,7 +200,7 @@ class TrainingConfig:
     def augmentation(self) -> data_sets.Augmentation:
         """How training images are changed."""
         usual = "resized-crop-flip" if data_sets.DATA_SETS[self.data].from_files else "none"
-        return data_sets.augmentation(usual if self.augment == "auto" else self.augment, self.cutout)
+        return data_sets.named_augmentation(usual if self.augment == "auto" else self.augment, self.cutout)
 
     def load_data(self) -> data_sets.Splits:
         """The data that are named here; raises as ``data.load`` does."""

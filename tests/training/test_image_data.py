@@ -91,7 +91,7 @@ def test_evaluation_sees_the_middle(root: Path) -> None:
 
 def batches_of(root: Path, workers: int, keys: list[Batch]) -> list[torch.Tensor]:
     split = data.load("imagefolder", root, image_size=16, workers=workers).train
-    return [images for images, _ in split.batches(keys, data.augmentation("resized-crop-flip", 0))]
+    return [images for images, _ in split.batches(keys, data.named_augmentation("resized-crop-flip", 0))]
 
 
 # Python 3.12 warns of each fork of a process with threads, which torch has.

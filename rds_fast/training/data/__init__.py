@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..names import check_name
 from . import celeba, cifar, digits, flowers, gtsrb, image_folder, sources, svhn, synthetic, tiny_imagenet, waterbirds
-from .augmentation import AUGMENTATIONS, NO_AUGMENTATION, Augmentation, augmentation
+from .augmentation import AUGMENTATIONS, NO_AUGMENTATION, Augmentation, named_augmentation
 from .image_files import ImageFiles, image_files
 from .images import BLOCK, Batch, Images, Split, Splits, in_unit_interval
 from .randomness import epoch_order
@@ -30,13 +30,13 @@ __all__ = [
     "Images",
     "Split",
     "Splits",
-    "augmentation",
     "check_root",
     "epoch_order",
     "image_files",
     "image_shape",
     "in_unit_interval",
     "load",
+    "named_augmentation",
     "read_spuriosity",
 ]
 

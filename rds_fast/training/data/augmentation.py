@@ -81,7 +81,7 @@ NO_AUGMENTATION = Augmentation()
 AUGMENTATIONS = ("none", "crop", "crop-flip", "crop-cutout", "crop-flip-cutout", "resized-crop-flip")
 
 
-def augmentation(name: str, cutout: int) -> Augmentation:
+def named_augmentation(name: str, cutout: int) -> Augmentation:
     """The augmentation of a name out of ``AUGMENTATIONS``; ``cutout`` is the side of the square where it has one."""
     parts = name.split("-")
     if "resized" in parts:  # its flip is part of what the workers do

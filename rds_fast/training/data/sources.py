@@ -109,7 +109,7 @@ def obtain(
         ValueError: a file has another MD5 sum.
         OSError: the download failed.
     """
-    if request.download and not all(path.exists() and md5 in (None, _md5(path)) for path, md5 in files.items()):
+    if request.download and not all(_intact(path, md5) for path, md5 in files.items()):
         with _downloading(source, root):
             fetch()
     absent = [path for path in files if not path.exists()]
@@ -122,6 +122,10 @@ def obtain(
                 f"is truncated or was changed: its MD5 sum is {found}",
                 f"the original file, whose sum is {expected}",
             )
+
+
+def _intact(path: Path, md5: str | None) -> bool:
+    return path.exists() and (md5 is None or md5 == _md5(path))
 
 
 def _md5(path: Path) -> str:

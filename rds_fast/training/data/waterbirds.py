@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .image_files import ImageFiles, image_files, middle_crop
 from .images import Splits
-from .sources import Request, Source
+from .sources import Request, Source, few
 
 _FOLDER = "waterbird_complete95_forest2water2"
 SOURCE = Source(
@@ -38,13 +38,21 @@ def load(request: Request) -> Splits:
     if not metadata.is_file():
         raise SOURCE.missing([metadata], root)
     rows = _rows(metadata)
-    absent = [path for row in rows if not (path := folder / row["img_filename"]).is_file()]
-    if absent:
-        raise SOURCE.missing(absent, root)
+    _check_images(metadata, {folder / row["img_filename"] for row in rows}, root)
     parts = [[row for row in rows if row["split"] == part] for part in _VALUES["split"]]
     if not all(parts):
         raise SOURCE.damaged(metadata, f"holds no image of split {parts.index([])}", "images of the splits 0, 1 and 2")
     return Splits(*(_split(folder, part, request) for part in parts))
+
+
+def _check_images(metadata: Path, named: set[Path], root: Path) -> None:
+    """Whether all images that are named are there, and the other way round: rows at the end may have been lost."""
+    found = set(metadata.parent.rglob("*.jpg"))
+    if named - found:
+        raise SOURCE.missing(sorted(named - found), root)
+    if found - named:
+        unnamed = few(sorted(map(str, found - named)))
+        raise SOURCE.damaged(metadata, f"does not name {unnamed}", "a row for each image")
 
 
 def _rows(metadata: Path) -> list[dict[str, str]]:
