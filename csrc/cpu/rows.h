@@ -10,12 +10,16 @@ namespace rds_fast::cpu::RDS_FAST_CAPABILITY {
 
 constexpr int64_t kChunk = 16384;
 
-// Where a vector is taken from a row: all its lanes, or the first count, the rest being fill.
+// Where a vector is taken from a row, or put: all its lanes, or the first count, the rest being fill.
 struct Whole {
   int64_t i;
   template <typename T>
   RDS_FAST_INLINE Vec<T> operator()(const T* row, Acc<T>) const {
     return load(row + i);
+  }
+  template <typename T>
+  RDS_FAST_INLINE void set(T* row, Vec<T> v) const {
+    store(row + i, v);
   }
 };
 struct Part {
@@ -24,6 +28,10 @@ struct Part {
   template <typename T>
   RDS_FAST_INLINE Vec<T> operator()(const T* row, Acc<T> fill) const {
     return load_part(row + i, count, fill);
+  }
+  template <typename T>
+  RDS_FAST_INLINE void set(T* row, Vec<T> v) const {
+    store_part(row + i, v, count);
   }
 };
 

@@ -52,27 +52,11 @@ struct TileNorms {
     } else if constexpr (order == NormOrder::infinity) {
       take_largest(x, columns);
     } else {
-      if constexpr (order == NormOrder::two) {
-        Vec<T> sum = Vec<T>{};
-        for (int64_t c = 0; c < columns; ++c) sum += x.columns[c] * x.columns[c];
-        if (all_safe(sum)) {
-          n = square_roots<T>(sum);
-          return;
-        }
-      }
       take_scaled(x, columns, p);
     }
   }
 
  private:
-  static RDS_FAST_INLINE bool all_safe(Vec<T> sums) {
-    A lanes[kLanes<T>];
-    store(lanes, sums);
-    bool safe = true;
-    for (int64_t lane = 0; lane < kLanes<T>; ++lane) safe &= sum_of_squares_is_safe(lanes[lane]);
-    return safe;
-  }
-
   RDS_FAST_INLINE void take_largest(const Tile<T>& x, int64_t columns) {
     const Vec<T> one = splat<T>(1), zero = Vec<T>{};
     Vec<T> nan = zero;
@@ -113,11 +97,32 @@ struct TileNorms {
   }
 };
 
+template <typename T>
+RDS_FAST_INLINE bool all_safe(Vec<T> sums) {
+  Acc<T> lanes[kLanes<T>];
+  store(lanes, sums);
+  bool safe = true;
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) safe &= sum_of_squares_is_safe(lanes[lane]);
+  return safe;
+}
+
 template <typename T, NormOrder order>
 void short_norm_forward(const Shape& shape, Rows x, Acc<T> p, Acc<T> k, Results result, Saved saved) {
   using A = Acc<T>;
   A* const kept = static_cast<A*>(saved.data);
+  const FlatRows<T> rows(shape.columns);
   for_tiles<T>(shape, [&](int64_t first, int64_t count) {
+    if constexpr (order == NormOrder::two) {
+      // Not at the end of the memory: row_sums reads on beyond the tile.
+      if (x.stride >= shape.columns && first + 2 * kLanes<T> <= shape.rows) {
+        const Vec<T> sums = rows.row_sums(row_of<T>(x, first), x.stride, [](Vec<T> values) { return values * values; });
+        if (all_safe<T>(sums)) {
+          const Vec<T> n = square_roots<T>(sums);
+          store(kept + first, n);
+          return set_results<T>(result, first, count, powers_of_norms<T>(n, k));
+        }
+      }
+    }
     Tile<T> values;
     values.gather(shape, x, first, count);
     const TileNorms<T, order> norms(values, shape.columns, p);

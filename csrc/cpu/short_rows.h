@@ -142,9 +142,45 @@ void short_backward(const Shape& shape, Cotangents<T, Target> g, Rows x, const T
   });
 }
 
+// dg = Σ v s,  dx = g s (v − Σ v s).
+template <typename T>
+void flat_double_backward(const Shape& shape, const T* v, Values g, const T* x, const void* lse, Results dg, T* dx) {
+  using A = Acc<T>;
+  constexpr int64_t L = kLanes<T>;
+  const FlatRows<T> rows(shape.columns);
+  for_tiles<T>(shape, [&](int64_t first, int64_t count) {
+    const int64_t offset = first * shape.columns;
+    const Vec<T> l = load_part(static_cast<const A*>(lse) + first, count, A(0));
+    A softmax[(kShort + 1) * L], weighted[(kShort + 1) * L];
+    if (count < L) {  // the sums of the rows that are not there
+      std::memset(softmax, 0, sizeof(softmax));
+      std::memset(weighted, 0, sizeof(weighted));
+    }
+    rows.visit(count, [&](auto at, int64_t i) {
+      const Vec<T> s = exponentials(at(x + offset, A(0)) - rows.spread(l, i));
+      store(softmax + at.i, s);
+      store(weighted + at.i, s * at(v + offset, A(0)));
+    });
+    const auto itself = [](Vec<T> values) { return values; };
+    const Vec<T> normaliser = normalisers<T>(rows.row_sums(softmax, shape.columns, itself));
+    const Vec<T> mean = rows.row_sums(weighted, shape.columns, itself) * normaliser;
+    set_results<T>(dg, first, count, mean);
+    const Vec<T> factor = values_of_lanes<T>(g, first, count);
+    rows.write(v + offset, dx + offset, count, [&](Vec<T> cotangent, int64_t i) {
+      return load(softmax + i * L) * rows.spread(factor, i) * (cotangent - rows.spread(mean, i));
+    });
+  });
+}
+
 template <typename T, typename Target>
 void short_double_backward(const Shape& shape, Rows v, Cotangents<T, Target> g, Rows x, const Target& target,
                            const void* lse, Results dg_ce, Results dg_lse, void* dx) {
+  if constexpr (!Target::present) {
+    if (x.stride == shape.columns && v.stride == shape.columns) {
+      return flat_double_backward<T>(shape, static_cast<const T*>(v.data), g.g_lse, static_cast<const T*>(x.data), lse,
+                                     dg_lse, static_cast<T*>(dx));
+    }
+  }
   for_tiles<T>(shape, [&](int64_t first, int64_t count) {
     Tile<T> f, cotangent;
     f.gather(shape, x, first, count);

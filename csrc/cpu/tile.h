@@ -56,6 +56,20 @@ RDS_FAST_INLINE void transpose(Vec<T> (&block)[kLanes<T>]) {
   }
 }
 
+// The sum of block[i] in lane i, for every i: the transposition with the two results of each interleaving added up.
+template <typename T>
+RDS_FAST_INLINE Vec<T> sums_of_vectors(Vec<T> (&block)[kLanes<T>]) {
+  constexpr int64_t L = kLanes<T>;
+#pragma GCC unroll 4
+  for (int64_t half = L / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < half; ++i) {
+      block[i] = interleaved<T>(block[i], block[i + half], 0) + interleaved<T>(block[i], block[i + half], L / 2);
+    }
+  }
+  return block[0];
+}
+
 // count ≤ kLanes rows from first on, transposed. Lanes beyond count repeat the first row.
 template <typename T>
 struct Tile {
@@ -101,8 +115,10 @@ struct FlatRows {
   static constexpr int64_t L = kLanes<T>;
   int64_t columns;
   BitsVec<Acc<T>> row_of_lane[kShort];
+  BitsVec<Acc<T>> lane_in_row;  // −1 in the lanes of a row's last vector that are its own, 0 in the others
 
   explicit FlatRows(int64_t columns) : columns(columns) {
+    for (int64_t lane = 0; lane < L; ++lane) lane_in_row[lane] = lane <= (columns - 1) % L ? -1 : 0;
     for (int64_t i = 0; i < columns; ++i) {
       for (int64_t lane = 0; lane < L; ++lane) row_of_lane[i][lane] = (i * L + lane) / columns;
     }
@@ -110,15 +126,31 @@ struct FlatRows {
   // The i-th vector of values that there is one of for each row.
   RDS_FAST_INLINE Vec<T> spread(Vec<T> of_rows, int64_t i) const { return permuted<T>(of_rows, row_of_lane[i]); }
 
+  // Σ f(value) over each of L rows that start stride values apart. Up to L − 1 values beyond the last row are read.
+  template <typename From, typename F>
+  RDS_FAST_INLINE Vec<T> row_sums(const From* from, int64_t stride, F f) const {
+    const int64_t last = (columns - 1) / L * L;
+    Vec<T> block[L];
+#pragma GCC unroll 16
+    for (int64_t row = 0; row < L; ++row) {
+      const Vec<T> rest = f(load(from + row * stride + last));
+      block[row] = lane_in_row ? rest : Vec<T>{};
+      for (int64_t c = 0; c < last; c += L) block[row] += f(load(from + row * stride + c));
+    }
+    return sums_of_vectors<T>(block);
+  }
+
   // The i-th vector of count rows is compute(values, i).
   template <typename Compute>
   RDS_FAST_INLINE void write(const T* from, T* to, int64_t count, Compute compute) const {
+    visit(count, [&](auto at, int64_t i) { at.set(to, compute(at(from, Acc<T>(0)), i)); });
+  }
+  // visit(at, i) on the i-th vector of count rows.
+  template <typename Visit>
+  RDS_FAST_INLINE void visit(int64_t count, Visit visit) const {
     const int64_t size = count * columns, whole = size / L;
-    for (int64_t i = 0; i < whole; ++i) store(to + i * L, compute(load(from + i * L), i));
-    if (whole * L < size) {
-      const int64_t rest = size - whole * L;
-      store_part(to + whole * L, compute(load_part(from + whole * L, rest, Acc<T>(0)), whole), rest);
-    }
+    for (int64_t i = 0; i < whole; ++i) visit(Whole{i * L}, i);
+    if (whole * L < size) visit(Part{whole * L, size - whole * L}, whole);
   }
 };
 
