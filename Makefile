@@ -44,6 +44,7 @@ test: setup
 bench: setup
 	@$(BIN)/python bench/kernels.py
 	@$(BIN)/python bench/traffic.py
+	@$(BIN)/python bench/objectives.py
 	@$(BIN)/python bench/step.py --providers $(STEP_PROVIDERS)
 
 # All but the step compiled as one graph, whose compilation takes minutes; bench/step.py alone measures it too.
