@@ -1,6 +1,6 @@
 """Out-of-distribution detection: does the model's density tell its own data from others?
 
-Three scores that ought to be higher in distribution (Grathwohl et al. 2020, section 5.3), l the log-sum-exp of the
+Three scores that ought to be higher in distribution (Grathwohl et al. 2020), l the log-sum-exp of the
 logits f and s their softmax:
 
     log_density     log p(x) = l(x), up to a constant

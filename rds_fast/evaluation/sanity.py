@@ -1,7 +1,7 @@
 """Whether the accuracy under attack can be believed, or only the gradients are hidden (Athalye et al. 2018).
 
 An attack that finds nothing may mean a robust model, or gradients that lead nowhere: those of saturated, rounded,
-shattered or random outputs. The latter betray themselves (Carlini et al. 2019, section 5). With A(ε) the accuracy
+shattered or random outputs. The latter betray themselves (Carlini et al. 2019). With A(ε) the accuracy
 under L∞ PGD of radius ε,
 
     unmoved          at ε = 0 every sample is classified as it is without an attack;
