@@ -62,7 +62,11 @@ def columns(settings: EvaluationSettings, figures: Iterable[str]) -> tuple[Colum
     """The columns of the figures that were measured with these settings, in the order of a table."""
     present = list(dict.fromkeys(figures))
     known = {column.figure: column for column in _known(settings)}
-    others = [_out_of_distribution(name) or _unknown(name) for name in present if name not in known]
+    others = [
+        _out_of_distribution(name) or _gradient_perturbation(name, settings) or _unknown(name)
+        for name in present
+        if name not in known
+    ]
     return tuple([column for name, column in known.items() if name in present] + others)
 
 
@@ -277,6 +281,19 @@ def _out_of_distribution(name: str) -> Column | None:
     }[measure]
     heading = f"{measure.upper()} {other}, {score.replace('_', ' ')}"
     return Column(name, DENSITY, heading, True, 1 if measure == "auroc" else -1, meaning)
+
+
+def _gradient_perturbation(name: str, settings: EvaluationSettings) -> Column | None:
+    match = re.fullmatch(r"(input|density)_perturbation_(down|up)_auc", name)
+    if match is None:
+        return None
+    followed, side = {"input": "f_y", "density": "log p"}[match[1]], {"down": "against", "up": "along"}[match[2]]
+    meaning = (
+        f"Area under the accuracy as each sample moves {side} its own gradient of {followed}, by a Euclidean length of "
+        f"0 to {settings.l2_epsilon:g}: at most {settings.l2_epsilon:g}."
+    )
+    better = 1 if name == "input_perturbation_down_auc" else 0
+    return Column(name, ATTRIBUTIONS, f"{'−' if match[2] == 'down' else '+'}∇ {followed}", False, better, meaning)
 
 
 def _unknown(name: str) -> Column:
