@@ -62,11 +62,7 @@ def columns(settings: EvaluationSettings, figures: Iterable[str]) -> tuple[Colum
     """The columns of the figures that were measured with these settings, in the order of a table."""
     present = list(dict.fromkeys(figures))
     known = {column.figure: column for column in _known(settings)}
-    others = [
-        _out_of_distribution(name) or _gradient_perturbation(name, settings) or _unknown(name)
-        for name in present
-        if name not in known
-    ]
+    others = [_out_of_distribution(name) or _unknown(name) for name in present if name not in known]
     return tuple([column for name, column in known.items() if name in present] + others)
 
 
@@ -254,19 +250,19 @@ def _known(settings: EvaluationSettings) -> tuple[Column, ...]:
 
 
 def _along_gradients(settings: EvaluationSettings) -> list[Column]:
-    """Of the samples moved along and against a gradient of their own, both ways up to the L2 radius."""
+    """Of samples moved along and against a gradient of their own."""
     return [
         Column(
             f"{name}_perturbation_{way}_auc",
-            DENSITY,
-            f"{followed} {way}",
+            ATTRIBUTIONS,
+            f"accuracy along {sign}∇ {followed}",
             False,
-            0,
-            f"Area under the accuracy as each sample moves by up to {settings.l2_epsilon:g} {along} its gradient of "
-            f"the {followed}.",
+            1 if (name, way) == ("input", "down") else 0,
+            f"Area under the accuracy as each sample moves along {sign}∇ {followed} by a Euclidean length of 0 to "
+            f"{settings.l2_epsilon:g}: at most {settings.l2_epsilon:g}.",
         )
-        for name, followed in (("input", "target logit"), ("density", "log density"))
-        for way, along in (("down", "against"), ("up", "along"))
+        for name, followed in (("input", "f_y"), ("density", "log p"))
+        for way, sign in (("down", "−"), ("up", "+"))
     ]
 
 
@@ -281,19 +277,6 @@ def _out_of_distribution(name: str) -> Column | None:
     }[measure]
     heading = f"{measure.upper()} {other}, {score.replace('_', ' ')}"
     return Column(name, DENSITY, heading, True, 1 if measure == "auroc" else -1, meaning)
-
-
-def _gradient_perturbation(name: str, settings: EvaluationSettings) -> Column | None:
-    match = re.fullmatch(r"(input|density)_perturbation_(down|up)_auc", name)
-    if match is None:
-        return None
-    followed, side = {"input": "f_y", "density": "log p"}[match[1]], {"down": "against", "up": "along"}[match[2]]
-    meaning = (
-        f"Area under the accuracy as each sample moves {side} its own gradient of {followed}, by a Euclidean length of "
-        f"0 to {settings.l2_epsilon:g}: at most {settings.l2_epsilon:g}."
-    )
-    better = 1 if name == "input_perturbation_down_auc" else 0
-    return Column(name, ATTRIBUTIONS, f"{'−' if match[2] == 'down' else '+'}∇ {followed}", False, better, meaning)
 
 
 def _unknown(name: str) -> Column:
