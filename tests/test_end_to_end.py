@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from rds_fast.evaluation.sweep import OBJECTIVES
 
 for package in ("typer", "rich", "safetensors", "matplotlib", "mlxtend"):

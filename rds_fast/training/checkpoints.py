@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .extras import require
 
-
 # What a file is called while it is written; a killed process leaves it.
 TEMPORARY = ".*.tmp"
 

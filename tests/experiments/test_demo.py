@@ -6,20 +6,20 @@ import html
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rds_fast.evaluation import demo_report
 from rds_fast.evaluation.columns import best, columns
 from rds_fast.evaluation.comparison import Comparison, compare
-from rds_fast.evaluation.demo import SHOWN, Trained, demo, label
 from rds_fast.evaluation.report import spoken
 from rds_fast.evaluation.results import Evaluation
 from rds_fast.evaluation.settings import EvaluationSettings
 from rds_fast.evaluation.summary import Figure
-from rds_fast.evaluation.sweep import BASELINE, PENALTIES
 from rds_fast.evaluation.table import columns_of, print_table, rows_of
 from rds_fast.evaluation.verdicts import difference, verdicts
+from rds_fast.experiments import demo_report
+from rds_fast.experiments.demo import BASELINE, SHOWN, Trained, chosen_weights, demo, label
 from rds_fast.training import TrainingConfig
 
 SETTINGS = EvaluationSettings(steps=3, limit=40)
@@ -30,21 +30,25 @@ def figures(accuracy: float, robust: float, share: float | None = 0.5, samples: 
     return Evaluation(dict(zip(names, (accuracy, robust, robust, 1.0, share, 1.0), strict=True)), samples=samples)
 
 
-def record() -> dict[str, object]:
+def record() -> dict[str, Any]:
     """Of a sweep that never was, with figures that are easy to check."""
-    trials = [{"objective": BASELINE, "weight": 0.0, "seed": 0, "figures": {"accuracy": 0.9, "linf_accuracy": 0.0}}]
-    for name in PENALTIES:
+    real, penalties = chosen_weights(), [name for name in SHOWN if name != BASELINE]
+    trials = [{"variant": BASELINE, "settings": {}, "seed": 0, "figures": {"accuracy": 0.9, "linf_accuracy": 0.0}}]
+    for name in penalties:
         for weight, accuracy in ((0.1, 0.9), (0.5, 0.5)):
             result = {"accuracy": accuracy, "linf_accuracy": 0.3}
-            trials.append({"objective": name, "weight": weight, "seed": 0, "figures": result})
+            trials.append({"variant": name, "settings": {"weight": weight}, "seed": 0, "figures": result})
+    points = {BASELINE: [{}], **{name: [{"weight": 0.1}, {"weight": 0.5}] for name in penalties}}
+    chosen = {"settings": {"weight": 0.1}, "within_margin": True, "at_edge": True}
     return {
+        **real,
         "training": {"epochs": 2},
         "rule": "a rule",
         "command": "rds-fast sweep",
-        "weights": [0.1, 0.5],
         "seeds": [0],
         "trials": trials,
-        "choices": {name: {"weight": 0.1, "within_margin": True, "at_edge": True} for name in PENALTIES},
+        "points": points,
+        "choices": {BASELINE: {**chosen, "settings": {}, "at_edge": False}, **dict.fromkeys(penalties, chosen)},
     }
 
 
@@ -71,7 +75,7 @@ def comparison(models: dict[str, list[Trained]]) -> Comparison:
 def page(models: dict[str, list[Trained]], comparison: Comparison, splits) -> str:
     pytest.importorskip("matplotlib", reason="needs the extra train")
     commands = ["rds-fast sweep", "rds-fast demo --limit '40'"]
-    duel = (label("density", models["density"]), label("target-logit", models["target-logit"]))
+    duel = (label(record(), "density"), label(record(), "target-logit"))
     return demo_report.render(comparison, record(), commands, duel=duel, splits=splits)
 
 
@@ -95,7 +99,7 @@ def test_the_comparison_has_the_demo_s_titles_and_runs(
     models: dict[str, list[Trained]], comparison: Comparison
 ) -> None:
     assert comparison.groups[0].title == BASELINE
-    assert {group.title for group in comparison.groups} == {label(name, each) for name, each in models.items()}
+    assert {group.title for group in comparison.groups} == {label(record(), name) for name in models}
     assert {len(group.runs) for group in comparison.groups} == {2}
     assert comparison.warnings == ()
 
@@ -197,5 +201,5 @@ def test_a_tie_is_within_the_error() -> None:
 
 def test_weights_for_data_without_a_null_block_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="null block"):
-        demo(tmp_path / "demo", {**record(), "training": {"data": "mnist"}}, SETTINGS)
+        demo(tmp_path / "demo", record() | {"training": {"data": "mnist"}}, SETTINGS)
     assert not (tmp_path / "demo").exists()
