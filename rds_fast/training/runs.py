@@ -92,7 +92,8 @@ def remove_temporaries(run_dir: Path) -> None:
 
 def create(run_dir: Path, config: TrainingConfig, split: data.Split) -> None:
     """Make the folder of a new run on a training split, without an earlier run's files, and write its config.json."""
-    for name in (CHECKPOINT, MODEL, METRICS, EVALUATION, EVALUATION_PAGE, NON_FINITE, CONFIG):  # these alone: never a whole folder
+    files = (CHECKPOINT, MODEL, METRICS, EVALUATION, EVALUATION_PAGE, NON_FINITE, CONFIG)
+    for name in files:  # these alone: never a whole folder
         (run_dir / name).unlink(missing_ok=True)
     (run_dir / CHECKPOINT).parent.mkdir(parents=True, exist_ok=True)
     content = {"settings": json.loads(config.to_json()), "data": _description(split), "versions": versions()}
