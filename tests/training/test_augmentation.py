@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-from rds_fast.training import Images, TrainingConfig, data
+from rds_fast.training import Images, TrainingConfig, data, models, train
 from rds_fast.training.data import augmentation, randomness
+from rds_fast.training.order import Order
 
 EPOCHS = 40
 
@@ -74,6 +78,7 @@ def test_crops_are_windows_of_the_padded_image(flip: bool, dtype: torch.dtype) -
             seen += found[:1]
     for offsets in zip(*seen, strict=True):
         assert set(offsets) in (set(range(9)), {False, True} if flip else {False})
+    assert len({(top, left) for top, left, _ in seen}) > 60  # of 81, in 240 draws: one does not follow from the other
     if flip:
         assert 0.35 < sum(mirrored for *_, mirrored in seen) / len(seen) < 0.65
 
@@ -147,6 +152,35 @@ def test_none_gives_the_images_and_leaves_them_alone() -> None:
     drawn("crop-flip-cutout", images, torch.arange(6))
     assert torch.equal(images, original)
     assert augmentation.NO_AUGMENTATION(images, torch.arange(6), 0, 0) is images
+
+
+def test_training_sees_augmented_images_and_validation_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainingConfig(
+        data="synthetic", image_size=12, classes=2, train_size=16, model="cnn", batch_size=8, epochs=2, seed=5,
+        augment="crop-flip-cutout", cutout=5, device="cpu", objective="cross-entropy",
+    )  # fmt: skip
+    seen: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    build = models.build
+
+    def watched(*arguments: Any, **settings: Any) -> torch.nn.Module:
+        model = build(*arguments, **settings)
+        model.register_forward_pre_hook(lambda module, inputs: seen[module.training].append(inputs[0].clone()))
+        return model
+
+    monkeypatch.setattr(models, "build", watched)
+    splits = config.load_data()
+    train(config, tmp_path / "run", quiet=True, splits=splits)
+    order = Order(16, 8, 5, torch.device("cpu"))
+    expected = [
+        batch for step in range(4) for batch, _ in splits.train.batches([order.batch(step)], config.augmentation)
+    ]
+    assert len(seen[True]) == len(expected) == 4
+    for images, augmented in zip(seen[True], expected, strict=True):
+        assert torch.equal(images, data.in_unit_interval(augmented))
+    validation = data.in_unit_interval(splits.validation.take(torch.arange(2)).images)
+    assert [torch.equal(images, validation) for images in seen[False]] == [True, True]
 
 
 def test_images_in_memory_have_one_size() -> None:
