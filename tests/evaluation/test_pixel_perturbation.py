@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -36,6 +36,7 @@ def test_vectors_have_a_pixel_a_value_and_equal_scores_go_in_order() -> None:
     assert remove_pixels(x, torch.zeros(1, 4), 0.25).tolist() == [[pytest.approx(11 / 3), 2.0, 3.0, 6.0]]
 
 
+@settings(deadline=None)
 @given(
     ratio=st.floats(0, 1), size=st.integers(1, 40), seed=st.integers(0, 1000), order=st.sampled_from(["most", "least"])
 )
@@ -60,9 +61,21 @@ def test_as_many_pixels_are_removed_as_was_said_and_the_kept_stay(
     torch.testing.assert_close(filled.mean(2), expected)
 
 
+def test_no_samples_channels_last_and_16_bits() -> None:
+    assert remove_pixels(torch.zeros(0, 3, 2, 2), torch.zeros(0, 4), 0.5).shape == (0, 3, 2, 2)
+    generator = torch.Generator().manual_seed(0)
+    x, scores = torch.rand(2, 3, 4, 4, generator=generator), torch.rand(2, 16, generator=generator)
+    expected = remove_pixels(x, scores, 0.3)
+    assert torch.equal(remove_pixels(x.contiguous(memory_format=torch.channels_last), scores, 0.3), expected)
+    half = remove_pixels(x.half(), scores, 0.3)
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), expected, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"x": torch.zeros(2)}, r"\(2,\)"),
         ({"scores": torch.zeros(2, 5)}, r"\(2, 5\)"),
         ({"scores": torch.zeros(2, 2, 4)}, r"\(2, 2, 4\)"),
         ({"ratio": 1.5}, "ratio"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -40,6 +40,7 @@ def test_equal_scores_rank_in_order() -> None:
     assert (gap.lowest, gap.highest) == (0.0, 1.0)
 
 
+@settings(deadline=None)
 @given(size=st.integers(2, 60), k=st.integers(1, 8), seed=st.integers(0, 1000))
 def test_what_holds_for_every_ranking(size: int, k: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
