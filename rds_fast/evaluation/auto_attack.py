@@ -36,6 +36,7 @@ PACKAGE = "pyautoattack"
 _BOUNDS = (0.0, 1.0)  # the package knows no others
 _TARGETS = 9  # classes that the targeted attacks aim at, at most: the most likely wrong ones
 _NAMES = {"linf": "Linf", "l2": "L2"}
+_SPOKEN = {"linf": "L∞", "l2": "L2"}
 
 # What the package would say of vanishing gradients is the business of the metric sanity.
 _LOGGER = logging.getLogger("rds_fast.evaluation.autoattack")
@@ -120,14 +121,15 @@ def measure(model: nn.Module, split: data.Split, settings: EvaluationSettings) -
     results, notes = Results(), dict[str, None]()
     few = drawn(split, settings.strong_limit, settings.seed)
     for norm in NORMS:
+        ball = f"the {_SPOKEN[norm]} ball"
         robust, remarks = _on_split(model, few, settings, norm)
         notes.update(dict.fromkeys(remarks))
         pgd = robust_to_the_settings_pgd(model, few, settings, norm)
         *_, last = robust.values()
         if outlasts(last, pgd):
-            notes[f"PGD in the {norm} ball breaks more samples than AutoAttack, which therefore fails here."] = None
+            notes[f"PGD in {ball} breaks more samples than AutoAttack, which therefore fails here."] = None
         if outlasts(pgd, last):
-            notes[f"PGD in the {norm} ball breaks fewer samples than AutoAttack: its accuracy says too much."] = None
+            notes[f"PGD in {ball} breaks fewer samples than AutoAttack: its accuracy says too much."] = None
         results.scalars[f"autoattack_{norm}_accuracy"] = float(last.double().mean())
         results.tables[f"autoattack_{norm}"] = [
             {"after": name, "accuracy": float(right.double().mean())} for name, right in {**robust, "pgd": pgd}.items()

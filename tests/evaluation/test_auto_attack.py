@@ -248,12 +248,12 @@ def test_a_failure_of_the_package_is_noted(monkeypatch: pytest.MonkeyPatch) -> N
     results = auto_attack.measure(honest(), images(80, 2), SETTINGS)
     assert results.scalars["autoattack_linf_accuracy"] == results.tables["autoattack_linf"][0]["accuracy"]
     assert len(results.notes) == 2
-    assert results.notes[0].startswith("PGD in the linf ball breaks more samples than AutoAttack")
+    assert results.notes[0].startswith("PGD in the L∞ ball breaks more samples than AutoAttack")
 
 
 def test_a_failure_of_pgd_is_noted() -> None:
     results = auto_attack.measure(honest(), images(80, 2), dataclasses.replace(SETTINGS, l2_step_size=1e-4))
-    assert results.notes == ("PGD in the l2 ball breaks fewer samples than AutoAttack: its accuracy says too much.",)
+    assert results.notes == ("PGD in the L2 ball breaks fewer samples than AutoAttack: its accuracy says too much.",)
 
 
 def test_what_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
