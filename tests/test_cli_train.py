@@ -176,6 +176,29 @@ def test_a_folder_of_images(tmp_path: Path, call: Call) -> None:
     assert re.fullmatch(r"error: the classes under .* differ: val lacks red\. Each needs the same folders\n", errors)
 
 
+def test_a_data_set_from_its_files_to_a_model(tmp_path: Path, call: Call) -> None:
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("needs torchvision")
+    import data_files
+
+    root, out = data_files.tiny_imagenet(tmp_path / "data"), tmp_path / "run"
+    settings = ("--data", "tiny-imagenet", "--data-root", root, "--model", "cnn", "--epochs", 2, "--workers", 0)
+    code, output, errors = call("--out", out, *settings, "--augment", "crop-flip-cutout", "--cutout", 8, "--normalize")
+    assert (code, errors) == (0, "")
+    assert "epoch 2/2: loss" in output
+    described = json.loads((out / "config.json").read_text())
+    assert described["data"]["class_names"] == ["goldfish", "European fire salamander", "n01641577"]
+    assert described["settings"]["normalize"] is True
+    code, _, errors = call("--out", tmp_path / "other", *settings[:2])
+    assert errors.startswith("error: data is 'tiny-imagenet' and data_root is missing; give the folder that holds")
+    code, _, errors = call("--out", tmp_path / "other", *settings, "--download")
+    assert errors.startswith(
+        "error: download is given and tiny-imagenet cannot be downloaded; get it from http://cs231n"
+    )
+    code, _, errors = call("--out", tmp_path / "other", *settings, "--cutout", 8)
+    assert "--cutout would have no effect: it belongs to augment crop-cutout or crop-flip-cutout" in errors
+
+
 @pytest.mark.parametrize("kind", ["mnist", "imagefolder"])
 def test_ctrl_c_saves_and_says_how_to_go_on(kind: str, root: Path, tmp_path: Path) -> None:
     """A terminal sends it to every process, those that decode images too, and the step under way needs them."""

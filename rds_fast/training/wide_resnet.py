@@ -37,7 +37,7 @@ def wide_resnet(channels: int, classes: int, *, depth: int, widening: int) -> nn
     Args:
         channels: of the images.
         classes: the number of logits.
-        depth: convolutions on the longest path; 6 n + 4, n blocks in each of the three groups.
+        depth: the number of convolutions, 6 n + 4: the first, n blocks in each of three groups, and three shortcuts.
         widening: what the widths 16, 32, 64 of the groups are multiplied by.
     """
     blocks: list[nn.Module] = []

@@ -191,6 +191,11 @@ def test_the_root_may_be_the_folder_itself(name: str, load, roots: dict[str, Pat
     assert torch.equal(everything(data.load(name, folder, image_size=28, workers=0).test).images, expected.images)
 
 
+def test_a_root_may_be_called_as_the_folder_in_it(tmp_path: Path) -> None:
+    root = data_files.celeba(tmp_path / "celeba")
+    assert len(data.load("celeba-hair", root, image_size=28, workers=0).train) == 5
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"data": "cifar10", "augment": "crop-flip-cutout", "cutout": 8}, {"data": "waterbirds", "image_size": 20}],

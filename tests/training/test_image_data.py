@@ -89,25 +89,35 @@ def test_evaluation_sees_the_middle(root: Path) -> None:
     assert torch.equal(image, split.take(torch.tensor([4])).images[0])
 
 
-def batches_of(root: Path, workers: int, keys: list[Batch]) -> list[torch.Tensor]:
+def batches_of(root: Path, workers: int, keys: list[Batch], augment: str = "resized-crop-flip") -> list[torch.Tensor]:
     split = data.load("imagefolder", root, image_size=16, workers=workers).train
-    return [images for images, _ in split.batches(keys, data.named_augmentation("resized-crop-flip", 0))]
+    return [images for images, _ in split.batches(keys, data.named_augmentation(augment, 5))]
 
 
 # Python 3.12 warns of each fork of a process with threads, which torch has.
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_crops_follow_from_seed_epoch_and_sample(root: Path) -> None:
+@pytest.mark.parametrize("augment", ["resized-crop-flip", "crop-flip-cutout"])
+def test_crops_follow_from_seed_epoch_and_sample(root: Path, augment: str) -> None:
     indices = torch.tensor([3, 8, 1, 11])
     keys = [Batch(part, 5, epoch) for epoch in (0, 1) for part in indices.split(2)]
     state = torch.get_rng_state()
-    alone, with_workers = batches_of(root, 0, keys), batches_of(root, 2, keys)
+    alone, with_workers = batches_of(root, 0, keys, augment), batches_of(root, 2, keys, augment)
     assert torch.equal(torch.get_rng_state(), state)  # dropout's numbers are not disturbed
     assert all(torch.equal(a, b) for a, b in zip(alone, with_workers, strict=True))
     # Whatever came before: the second half by itself, and in other batches.
-    resumed = batches_of(root, 0, [Batch(indices, 5, 1)])
+    resumed = batches_of(root, 0, [Batch(indices, 5, 1)], augment)
     assert torch.equal(resumed[0], torch.cat(alone[2:]))
     assert not torch.equal(alone[0], alone[2])  # another epoch
-    assert not torch.equal(alone[0], batches_of(root, 0, [Batch(indices[:2], 6, 0)])[0])  # another seed
+    assert not torch.equal(alone[0], batches_of(root, 0, [Batch(indices[:2], 6, 0)], augment)[0])  # another seed
+
+
+def test_files_that_are_evaluated_are_not_augmented(root: Path) -> None:
+    split = data.load("imagefolder", root, image_size=16, workers=0).train
+    taken = split.take(torch.arange(4)).images
+    assert torch.equal(taken, split.take(torch.arange(4)).images)
+    assert torch.equal(taken, next(split.batches([Batch(torch.arange(4), 3, 1)]))[0])
+    assert torch.equal(taken, split.in_memory().images[:4])
+    assert not torch.equal(taken, batches_of(root, 0, [Batch(torch.arange(4), 3, 1)])[0])
 
 
 def remove(path: str) -> Callable[[Path], None]:

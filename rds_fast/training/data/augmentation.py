@@ -45,7 +45,7 @@ class Augmentation:
         """
         if not (self.crop or self.flip or self.cutout):
             return images
-        numbers = sample_numbers(seed, epoch, indices.to(images.device), 5).T
+        numbers = sample_numbers(seed, epoch, indices.to(images.device, non_blocking=True), 5).T
         if self.crop or self.flip:
             images = self._moved(images, *numbers[:3])
         return _cut_out(images, self.cutout, *numbers[3:]) if self.cutout else images

@@ -81,7 +81,8 @@ class Request:
             root.mkdir(parents=True, exist_ok=True)
         if not root.is_dir():
             raise FileNotFoundError(f"the data root {root} is not a folder; expected one that holds {source.holds}")
-        return root.resolve().parent if nested and root.resolve().name == nested else root
+        is_nested = root.resolve().name == nested and not (root / nested).exists()
+        return root.resolve().parent if is_nested else root
 
 
 def check_root(source: Source, root: object) -> None:
