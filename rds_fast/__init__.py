@@ -7,20 +7,27 @@ from .ops.cross_entropy import cross_entropy_with_logsumexp
 from .ops.gradient_norm import gradient_norm
 from .ops.logsumexp import logsumexp
 from .penalties import schedules
+from .penalties.adaptive import AccuracyBudget, PenaltyRatio
 from .penalties.adversarial import AdversarialLoss
 from .penalties.attribution import AttributionPenalty, RobustAttributionLoss
 from .penalties.density import DensityPenalty, density_penalty, density_penalty_from_logits, log_density
 from .penalties.input_gradient import InputGradientPenalty
 from .penalties.integrated_gradients import integrated_gradients
+from .penalties.jacobian import JacobianPenalty
 from .penalties.loss import LossTerms, PenalizedLoss
+from .penalties.matching import GradientMatchingPenalty
 
 __all__ = [
+    "AccuracyBudget",
     "AdversarialLoss",
     "AttributionPenalty",
     "DensityPenalty",
+    "GradientMatchingPenalty",
     "InputGradientPenalty",
+    "JacobianPenalty",
     "LossTerms",
     "PenalizedLoss",
+    "PenaltyRatio",
     "RobustAttributionLoss",
     "backends",
     "cross_entropy_with_logsumexp",

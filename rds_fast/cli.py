@@ -1,4 +1,4 @@
-"""The command line: ``rds-fast train | evaluate | compare | sweep | demo | doctor``."""
+"""The command line: ``rds-fast recipes | train | evaluate | compare | sweep | demo | doctor``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import typer
 
 from .doctor import doctor
 from .evaluation.command import compare, evaluate
-from .evaluation.commands import demo, sweep
-from .training.command import train
+from .experiments.commands import demo, recipes, sweep
+from .experiments.train import train
 
 app = typer.Typer(
     help="Training with penalties on input gradients, exactly and fast.",
@@ -15,5 +15,5 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,  # errors are shown by __main__, in one line
 )
-for command in (train, evaluate, compare, sweep, demo, doctor):
+for command in (recipes, train, evaluate, compare, sweep, demo, doctor):
     app.command()(command)

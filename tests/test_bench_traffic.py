@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import rds_fast.ops
 from bench.counting import Count, Traffic
+from bench.objectives import PROVIDERS, figures
 from bench.one_graph import loss_of_parameters
 from bench.steps import LOSSES, Case, penalized
 from bench.traffic import CASES, DEVICES, count_case, count_step
@@ -231,3 +232,16 @@ def test_the_step_as_one_graph_has_the_gradient_of_the_penalised_step() -> None:
     penalized(network, fast=False)(x, y).backward()
     for name, parameter in parameters.items():
         torch.testing.assert_close(gradients[name], parameter.grad)
+
+
+def test_objectives_cost_what_they_say() -> None:
+    """Without batch norm, on the CNN: r a penalised step's arithmetic over a plain one's."""
+    case = Case("cnn", 28, 8)
+    flops = {provider: figures(case, provider)["flops"] for provider in PROVIDERS}
+    plain = flops["cross_entropy"]
+    r = flops["ours"] / plain
+    for k in (4, 16):
+        assert flops[f"every_{k}"] / plain == pytest.approx(1 + (r - 1) / k, rel=1e-12)
+    for share in (0.25, 0.5):
+        assert flops[f"share_{share}"] / plain == pytest.approx(1 + share * (r - 1), rel=1e-12)
+    assert figures(case, "every_4")["saved_bytes"] >= figures(case, "ours")["saved_bytes"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from .settings import EvaluationSettings
@@ -12,11 +12,11 @@ from .summary import Figure
 GENERAL = "Accuracy and attacks"
 ATTRIBUTIONS = "Attributions"
 DENSITY = "Density and other data"
+SANITY = "Sanity of the attacks"
 
 ARROWS = {1: "↑", -1: "↓", 0: ""}
 
-# A figure that names something rather than measuring it: its table and notes show it.
-_NO_COLUMN = ("worst_group",)
+MOST_COLUMNS = 8
 
 
 class Column(NamedTuple):
@@ -24,7 +24,7 @@ class Column(NamedTuple):
 
     Attributes:
         figure: its name among the scalars.
-        topic: the table that it belongs to, where there is more than one.
+        topic: what it is about, in a word or two.
         heading: short.
         percent: it is a share in [0, 1], written in percent.
         better: 1 if more is better, -1 if less is, 0 if neither.
@@ -37,6 +37,11 @@ class Column(NamedTuple):
     percent: bool
     better: int
     meaning: str
+
+    @property
+    def titled(self) -> str:
+        """The heading and which way is better."""
+        return f"{self.heading} {ARROWS[self.better]}".rstrip()
 
     def text(self, value: float | None) -> str:
         """A value as it is printed; that of no value is a dash."""
@@ -55,21 +60,19 @@ class Column(NamedTuple):
 
 def columns(settings: EvaluationSettings, figures: Iterable[str]) -> tuple[Column, ...]:
     """The columns of the figures that were measured with these settings, in the order of a table."""
-    present = [name for name in dict.fromkeys(figures) if name not in _NO_COLUMN]
+    present = list(dict.fromkeys(figures))
     known = {column.figure: column for column in _known(settings)}
-    others = [
-        _out_of_distribution(name) or _gradient_perturbation(name, settings) or _unknown(name)
-        for name in present
-        if name not in known
-    ]
+    others = [_out_of_distribution(name) or _unknown(name) for name in present if name not in known]
     return tuple([column for name, column in known.items() if name in present] + others)
 
 
+def crowded(shown: Sequence[Column]) -> bool:
+    """Whether there are too many figures to be columns: then they are rows, under their topics."""
+    return len(shown) > MOST_COLUMNS
+
+
 def topics(shown: Iterable[Column]) -> dict[str, list[Column]]:
-    """The columns by their topics. Those of one table that is not too wide are left together, under no heading."""
-    shown = list(shown)
-    if len(shown) <= 8:
-        return {"": shown}
+    """The figures by their topics."""
     found: dict[str, list[Column]] = {}
     for column in shown:
         found.setdefault(column.topic, []).append(column)
@@ -77,19 +80,21 @@ def topics(shown: Iterable[Column]) -> dict[str, list[Column]]:
 
 
 def best(column: Column, rows: Mapping[str, Mapping[str, Figure]]) -> set[str]:
-    """The names of the rows that are best in a column as printed; equal texts are equally good."""
+    """The names of the rows that are best in a column as printed; equal texts are equally good; none if all are."""
     values = {name: figures.get(column.figure, Figure(None)).mean for name, figures in rows.items()}
     present = {name: value for name, value in values.items() if value is not None}
     if column.better == 0 or len(present) < 2:
         return set()
     top = max(present.values(), key=lambda value: column.better * value)
-    return {name for name, value in present.items() if column.text(value) == column.text(top)}
+    winners = {name for name, value in present.items() if column.text(value) == column.text(top)}
+    return winners if len(winners) < len(rows) else set()
 
 
 def _known(settings: EvaluationSettings) -> tuple[Column, ...]:
     starts = "a random start" if settings.restarts == 1 else f"each of {settings.restarts} random starts"
     attack = f"projected gradient descent, {settings.steps} steps from {starts}"
     linf, l2 = f"L∞ {settings.linf_epsilon:g}", f"L2 {settings.l2_epsilon:g}"
+    few = f"on {settings.strong_limit} samples at most"
     radius = settings.linf_epsilon if settings.attribution_epsilon is None else settings.attribution_epsilon
     moved = f"before and after an attack within L∞ {radius:g} that leaves the prediction as it is"
     return (
@@ -107,8 +112,9 @@ def _known(settings: EvaluationSettings) -> tuple[Column, ...]:
             GENERAL,
             "spurious gap",
             True,
-            -1,
-            "Accuracy on the images of a class that rank highest by a spurious feature less that on the lowest.",
+            0,
+            "Accuracy on the images of a class that rank highest by a spurious feature, less that on the lowest: the "
+            "closer to 0, the less the model leans on it.",
         ),
         Column(
             "ece",
@@ -141,18 +147,49 @@ def _known(settings: EvaluationSettings) -> tuple[Column, ...]:
             f"AutoAttack {linf}",
             True,
             1,
-            "The same under several attacks, one without gradients among them; on fewer samples.",
+            f"The same under several attacks, one without gradients among them; {few}.",
         ),
         Column(
-            "autoattack_l2_accuracy", GENERAL, f"AutoAttack {l2}", True, 1, "The same in the ball of Euclidean length."
+            "autoattack_l2_accuracy",
+            GENERAL,
+            f"AutoAttack {l2}",
+            True,
+            1,
+            f"The same in the ball of Euclidean length; {few}.",
+        ),
+        Column(
+            "square_accuracy",
+            GENERAL,
+            f"Square {linf}",
+            True,
+            1,
+            "The same under a random search that sees no gradient; on fewer samples.",
         ),
         Column(
             "masked",
-            GENERAL,
+            SANITY,
             "masked",
             True,
             -1,
-            "Models whose gradients hide their weakness from attacks, so that accuracy under PGD says too much.",
+            "Models that fail one of the checks: their gradients hide their weakness, and accuracy under PGD says too "
+            "much.",
+        ),
+        Column("sanity_pgd_accuracy", SANITY, f"PGD {linf}, most steps", True, 0, f"Of the checks; {few}."),
+        Column(
+            "sanity_square_accuracy",
+            SANITY,
+            f"Square {linf}",
+            True,
+            0,
+            f"Under an attack without gradients, which is not to find more than PGD; {few}.",
+        ),
+        Column(
+            "sanity_whole_range_accuracy",
+            SANITY,
+            "PGD L∞ 1",
+            True,
+            0,
+            f"Under PGD that may make any image of any other, which is to leave none right; {few}.",
         ),
         Column(
             "leakage",
@@ -199,6 +236,7 @@ def _known(settings: EvaluationSettings) -> tuple[Column, ...]:
             -1,
             "Area under the accuracy as pixels are removed, those of the largest attribution first.",
         ),
+        *_along_gradients(settings),
         Column(
             "gradient_norm",
             DENSITY,
@@ -209,6 +247,23 @@ def _known(settings: EvaluationSettings) -> tuple[Column, ...]:
             "holds down. A property, not a goal.",
         ),
     )
+
+
+def _along_gradients(settings: EvaluationSettings) -> list[Column]:
+    """Of samples moved along and against a gradient of their own."""
+    return [
+        Column(
+            f"{name}_perturbation_{way}_auc",
+            ATTRIBUTIONS,
+            f"accuracy along {sign}∇ {followed}",
+            False,
+            1 if (name, way) == ("input", "down") else 0,
+            f"Area under the accuracy as each sample moves along {sign}∇ {followed} by a Euclidean length of 0 to "
+            f"{settings.l2_epsilon:g}: at most {settings.l2_epsilon:g}.",
+        )
+        for name, followed in (("input", "f_y"), ("density", "log p"))
+        for way, sign in (("down", "−"), ("up", "+"))
+    ]
 
 
 def _out_of_distribution(name: str) -> Column | None:
@@ -224,20 +279,6 @@ def _out_of_distribution(name: str) -> Column | None:
     return Column(name, DENSITY, heading, True, 1 if measure == "auroc" else -1, meaning)
 
 
-def _gradient_perturbation(name: str, settings: EvaluationSettings) -> Column | None:
-    match = re.fullmatch(r"(input|density)_perturbation_(down|up)_auc", name)
-    if match is None:
-        return None
-    followed, side = {"input": "f_y", "density": "log p"}[match[1]], {"down": "against", "up": "along"}[match[2]]
-    meaning = (
-        f"Area under the accuracy as each sample moves {side} its own gradient of {followed}, by a Euclidean length of "
-        f"0 to {settings.l2_epsilon:g}: at most {settings.l2_epsilon:g}."
-    )
-    better = 1 if name == "input_perturbation_down_auc" else 0
-    return Column(name, ATTRIBUTIONS, f"{'−' if match[2] == 'down' else '+'}∇ {followed}", False, better, meaning)
-
-
 def _unknown(name: str) -> Column:
     """A figure that nothing is known of here is shown by its name, and none is called best."""
-    topic = ATTRIBUTIONS if "perturbation" in name else GENERAL
-    return Column(name, topic, name.replace("_", " "), False, 0, "")
+    return Column(name, GENERAL, name.replace("_", " "), False, 0, "")

@@ -131,8 +131,8 @@ def _mixed(runs: Sequence[Run]) -> list[str]:
 def _differences(one: Record, other: Record) -> list[str]:
     pairs: dict[str, tuple[Any, Any]] = {
         "data": (one.training.data, other.training.data),
-        "split": (one.split, other.split),
-        "samples": (one.evaluation.samples, other.evaluation.samples),
+        "splits": (one.split, other.split),
+        "numbers of samples": (one.evaluation.samples, other.evaluation.samples),
     }
     found = [f"The {name} differ: {a} and {b}" for name, (a, b) in pairs.items() if a != b]
     if not found and one.fingerprint != other.fingerprint:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from .columns import ARROWS, Column, best
+from .columns import ARROWS, Column, best, crowded, topics
 from .summary import Figure
 
 STYLE = "report.css"
@@ -63,6 +63,12 @@ def captioned(picture: str, caption: str) -> str:
     return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
+def panels(drawings: Mapping[str, str]) -> str:
+    """Small pictures side by side, each under its title."""
+    each = "".join(f"<figure><h3>{html.escape(title)}</h3>{drawing}</figure>" for title, drawing in drawings.items())
+    return f'<div class="panels">{each}</div>' if drawings else ""
+
+
 def descriptions(rows: Mapping[str, str]) -> str:
     """Terms and what they mean or are."""
     items = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in rows.items())
@@ -83,35 +89,60 @@ def legend(colours: Mapping[str, str]) -> str:
     return f'<ul class="legend">{items}</ul>'
 
 
-def figures_table(
-    rows: Mapping[str, Mapping[str, Figure]], shown: Sequence[Column], colours: Mapping[str, str], heading: str = ""
+def figures_table(rows: Mapping[str, Mapping[str, Figure]], shown: Sequence[Column], colours: Mapping[str, str]) -> str:
+    """Means with their standard errors, the best of each marked; a model is a row, or a column beside many figures."""
+    if crowded(shown):
+        table = f'<table class="figures tall">{_figures_as_rows(rows, shown, colours)}</table>'
+    else:
+        table = f'<table class="figures">{_models_as_rows(rows, shown, colours)}</table>'
+    return f'<div class="wide">{table}</div>'
+
+
+def _models_as_rows(
+    rows: Mapping[str, Mapping[str, Figure]], shown: Sequence[Column], colours: Mapping[str, str]
 ) -> str:
-    """Means with their standard errors, the best of each column marked, each above a bar."""
-    senses = {1: f"{ARROWS[1]} more is better", -1: f"{ARROWS[-1]} less is better", 0: "&nbsp;"}
-    head = "".join(f"<th>{html.escape(c.heading)}<small>{senses[c.better]}</small></th>" for c in shown)
+    head = "".join(f"<th>{_titled(column)}</th>" for column in shown)
     winners = {column.figure: best(column, rows) for column in shown}
     body = []
     for label in rows:
         cells = "".join(_cell(column, label, rows, label in winners[column.figure]) for column in shown)
         first = f'<th scope="row"><i></i>{html.escape(label)}</th>'
         body.append(f'<tr style="--colour: {colours[label]}">{first}{cells}</tr>')
-    above = f"<h3>{html.escape(heading)}</h3>" if heading else ""
-    return (
-        f'{above}<div class="wide"><table class="figures"><thead><tr><th>model</th>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
+    return f"<thead><tr><th>model</th>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
 
 
-def _cell(column: Column, label: str, rows: Mapping[str, Mapping[str, Figure]], winner: bool) -> str:
+def _figures_as_rows(
+    rows: Mapping[str, Mapping[str, Figure]], shown: Sequence[Column], colours: Mapping[str, str]
+) -> str:
+    head = "".join(f'<th style="--colour: {colours[label]}"><i></i>{html.escape(label)}</th>' for label in rows)
+    body = []
+    for topic, some in topics(shown).items():
+        body.append(f'<tr><th class="topic" colspan="{len(rows) + 1}">{html.escape(topic)}</th></tr>')
+        for column in some:
+            winners = best(column, rows)
+            cells = "".join(
+                _cell(column, label, rows, label in winners, f"--colour: {colours[label]}") for label in rows
+            )
+            body.append(f'<tr><th scope="row">{_titled(column)}</th>{cells}</tr>')
+    return f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+
+
+def _titled(column: Column) -> str:
+    senses = {1: f"{ARROWS[1]} more is better", -1: f"{ARROWS[-1]} less is better", 0: "&nbsp;"}
+    return f"{html.escape(column.heading)}<small>{senses[column.better]}</small>"
+
+
+def _cell(column: Column, label: str, rows: Mapping[str, Mapping[str, Figure]], winner: bool, style: str = "") -> str:
     """A number above a bar: of the whole for shares in percent, else of the column's largest number, if of several."""
     values = {other: figures.get(column.figure, Figure(None)) for other, figures in rows.items()}
     value, error = values[label]
     several = [f.mean for f in values.values() if f.mean is not None] if len(rows) > 1 else []
     full = 1.0 if column.percent else max(several, default=0.0)
     width = min(max(100 * value / full, 0), 100) if value is not None and full > 0 else 0
-    opening = '<td class="best">' if winner else "<td>"
+    kind = ' class="best"' if winner else ""
+    kind += f' style="{style}"' if style else ""
     return (
-        f"{opening}{column.text(value)}<small>{column.error_text(error)}</small>"
+        f"<td{kind}>{column.text(value)}<small>{column.error_text(error)}</small>"
         f'<b style="width: {width:.1f}%"></b></td>'
     )
 

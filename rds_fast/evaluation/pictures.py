@@ -50,37 +50,50 @@ _STYLE = {
 }
 
 
-def curve_panel(title: str, curves: Mapping[str, Sequence[Curve]], colours: Mapping[str, str]) -> str:
+def curve_panel(
+    title: str,
+    curves: Mapping[str, Sequence[Curve]],
+    colours: Mapping[str, str],
+    *,
+    dashed: Mapping[str, Sequence[Curve]] | None = None,
+) -> str:
     """One figure as a function of another, for several kinds of models: the mean over the seeds and their range.
 
     Args:
-        title: above the axes.
+        title: what it shows, for readers without eyes; the page sets it above the axes.
         curves: label -> the curves of the models of that kind. Over points that they do not share no mean is drawn.
         colours: label -> colour.
+        dashed: further curves of the same kinds, to be told from the others.
 
     Returns:
         An SVG element. It holds no legend: the page has one.
     """
     with _style():
-        figure = _figure(5.0, 3.3)
+        figure = _figure(5.0, 3.1)
         axis = figure.subplots()
-        for label, each in curves.items():
-            if any(curve.x != each[0].x for curve in each):
-                for curve in each:
-                    axis.plot(curve.x, curve.y, color=colours[label], lw=1.5, alpha=0.7)
-                continue
-            values = list(zip(*(curve.y for curve in each), strict=True))
-            if len(each) > 1:
-                low, high = [min(v) for v in values], [max(v) for v in values]
-                axis.fill_between(each[0].x, low, high, color=colours[label], alpha=0.18, lw=0)
-            means = [sum(v) / len(v) for v in values]
-            axis.plot(each[0].x, means, "-o", color=colours[label], lw=2, markersize=3.5)
-        some = next(iter(curves.values()))[0]
-        axis.set(title=title, xlabel=some.x_label, ylabel=some.y_label)
+        for some, line in ((curves, "-"), (dashed or {}, "--")):
+            for label, each in some.items():
+                _draw(axis, each, line, colours[label])
+        first = next(iter(curves.values()))[0]
+        axis.set(xlabel=first.x_label, ylabel=first.y_label)
         if all(float(x).is_integer() for each in curves.values() for curve in each for x in curve.x):
             axis.xaxis.get_major_locator().set_params(integer=True)
-        figure.subplots_adjust(left=0.15, right=0.97, top=0.88, bottom=0.17)
+        figure.subplots_adjust(left=0.15, right=0.97, top=0.97, bottom=0.18)
         return _svg(figure, title)
+
+
+def _draw(axis: Any, curves: Sequence[Curve], line: str, colour: str) -> None:
+    """The curves of one kind of models."""
+    x = curves[0].x
+    marks = {"marker": "o", "markersize": 3.5} if len(x) <= 15 else {}
+    if any(curve.x != x for curve in curves):
+        for curve in curves:
+            axis.plot(curve.x, curve.y, line, color=colour, lw=1.5, alpha=0.7)
+        return
+    values = list(zip(*(curve.y for curve in curves), strict=True))
+    if len(curves) > 1:
+        axis.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.18, lw=0)
+    axis.plot(x, [sum(v) / len(v) for v in values], line, color=colour, lw=2, **marks)
 
 
 def weight_choice(

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..training import data, runs
 from . import page, pictures
-from .columns import topics
+from .columns import crowded
 from .comparison import Comparison, Group
 from .maps import attribution_maps
 from .results import Curve
@@ -18,6 +18,9 @@ from .verdicts import verdicts
 
 # More verdicts than this, one a kind of model, nobody reads.
 _MOST_VERDICTS = 12
+
+# From more of them on they are read at a click.
+_MOST_NOTES = 6
 
 _PERCENT = 100.0
 
@@ -64,10 +67,8 @@ def lead_of(comparison: Comparison) -> str:
     seeds = {len(group.runs) for group in comparison.groups}
     each = f"{seeds.pop()} runs each" if len(seeds) == 1 and seeds != {1} else f"{len(runs_)} runs"
     kinds = f"{len(comparison.groups)} kinds of models" if len(comparison.groups) > 1 else comparison.groups[0].title
-    return html.escape(
-        f"{kinds}, {each}, on {what}. Runs of one kind differ in nothing but the seed; figures are means, and ± is one "
-        "standard error over the seeds."
-    )
+    seeded = "Runs of one kind differ in nothing but the seed; figures are means, and ± is one standard error."
+    return html.escape(f"{kinds}, {each}, on {what}. {seeded if len(runs_) > len(comparison.groups) else ''}").strip()
 
 
 def colours_of(comparison: Comparison) -> dict[str, str]:
@@ -82,11 +83,12 @@ def _figures(comparison: Comparison, colours: Mapping[str, str], duel: tuple[str
     rows = rows_of(comparison.models)
     shown = columns_of(rows, comparison.settings)
     warnings = "".join(page.note(warning, "warning") for warning in comparison.warnings)
-    tables = [page.figures_table(rows, some, colours, topic) for topic, some in topics(shown).items()]
+    table = page.figures_table(rows, shown, colours)
     meanings = page.descriptions({column.heading: column.meaning for column in shown if column.meaning})
-    remarks = page.sentences(notes_of(comparison), "remarks")
-    folded = page.folded("What the columns mean", meanings, unfolded=len(shown) <= 8)
-    return warnings + "".join(tables) + verdicts_of(comparison, duel) + remarks + folded
+    notes = notes_of(comparison)
+    remarks = page.folded("Notes", page.sentences(notes, "remarks"), unfolded=len(notes) <= _MOST_NOTES)
+    folded = page.folded("What the columns mean", meanings, unfolded=not crowded(shown))
+    return warnings + table + verdicts_of(comparison, duel) + remarks + folded
 
 
 def verdicts_of(comparison: Comparison, duel: tuple[str, str] | None = None) -> str:
@@ -124,23 +126,33 @@ def notes_of(comparison: Comparison) -> list[str]:
 
 
 def _curves(comparison: Comparison, colours: Mapping[str, str]) -> str:
-    names = dict.fromkeys(name for run in comparison.runs for name in run.record.evaluation.curves)
+    """A panel a curve; two of one name that end in _in and _out share one, the latter dashed."""
+    names = list(dict.fromkeys(name for run in comparison.runs for name in run.record.evaluation.curves))
     panels = {}
     for name in names:
-        found = {group.title: _curves_named(group, name) for group in comparison.groups}
-        panels[name.replace("_", " ")] = {title: curves for title, curves in found.items() if curves}
-    return _panels(panels, colours)
+        stem = name.removesuffix("_out")
+        if stem != name and f"{stem}_in" in names:
+            continue
+        stem = name.removesuffix("_in")
+        paired = stem != name and f"{stem}_out" in names
+        title = f"{stem.replace('_', ' ')} (dashed: other data)" if paired else name.replace("_", " ")
+        beside = _named(comparison, f"{stem}_out") if paired else {}
+        panels[title] = pictures.curve_panel(title, _named(comparison, name), colours, dashed=beside)
+    return _with_legend(panels, colours)
 
 
-def _curves_named(group: Group, name: str) -> list[Curve]:
-    curves = [run.record.evaluation.curves for run in group.runs]
-    return [each[name] for each in curves if name in each]
+def _named(comparison: Comparison, name: str) -> dict[str, list[Curve]]:
+    """The curves of one name of each group that has them."""
+    found = {}
+    for group in comparison.groups:
+        curves = [run.record.evaluation.curves for run in group.runs]
+        found[group.title] = [each[name] for each in curves if name in each]
+    return {title: curves for title, curves in found.items() if curves}
 
 
-def _panels(panels: Mapping[str, Mapping[str, Sequence[Curve]]], colours: Mapping[str, str]) -> str:
-    drawn = "".join(pictures.curve_panel(title, curves, colours) for title, curves in panels.items() if curves)
-    legend = page.legend(colours) if len(colours) > 1 else ""
-    return f'{legend}<div class="panels">{drawn}</div>' if drawn else ""
+def _with_legend(panels: Mapping[str, str], colours: Mapping[str, str]) -> str:
+    legend = page.legend(colours) if panels and len(colours) > 1 else ""
+    return legend + page.panels(panels)
 
 
 def _training_curves(comparison: Comparison, colours: Mapping[str, str]) -> str:
@@ -152,8 +164,10 @@ def _training_curves(comparison: Comparison, colours: Mapping[str, str]) -> str:
     panels = {}
     for name, title, unit, factor in parts:
         found = {group.title: _histories(group, name, unit, factor) for group in comparison.groups}
-        panels[title] = {label: curves for label, curves in found.items() if curves}
-    drawn = _panels(panels, colours)
+        curves = {label: each for label, each in found.items() if each}
+        if curves:
+            panels[title] = pictures.curve_panel(title, curves, colours)
+    drawn = _with_legend(panels, colours)
     caption = (
         "Lines are means over the seeds, bands reach from the least to the largest. The cross-entropy is averaged over "
         "an epoch, while the weights change."

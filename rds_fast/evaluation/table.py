@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..training.extras import require
-from .columns import ARROWS, Column, best, columns, topics
+from .columns import Column, best, columns, crowded, topics
 from .settings import EvaluationSettings
 from .summary import Figure, Scalars, summarise
 
@@ -18,9 +18,9 @@ Rows = Mapping[str, Mapping[str, Figure]]
 
 
 def print_table(title: str, models: Models, settings: EvaluationSettings, caption: str | None = None) -> None:
-    """Print figures as a table, one row a kind of model; the best mean of each column is bold.
+    """Print figures as a table; the best mean of each is bold.
 
-    Where there are many figures there is a table for each topic.
+    A kind of model is a row, or a column where there are many figures.
 
     Args:
         title: above the table.
@@ -28,25 +28,38 @@ def print_table(title: str, models: Models, settings: EvaluationSettings, captio
         settings: those figures were measured with.
         caption: below the table.
     """
+    table = require("rich.table", "the table of results").Table(title=title, caption=caption)
     rows = rows_of(models)
-    for topic, shown in topics(columns_of(rows, settings)).items():
-        heading = f"{title}: {topic.lower()}" if topic else title
-        table = require("rich.table", "the table of results").Table(title=heading, caption=caption)
+    shown = columns_of(rows, settings)
+    cells = _cells(rows, shown, "[bold]{}[/bold]")
+    if crowded(shown):
+        table.add_column("figure", no_wrap=True)
+        for label in rows:
+            table.add_column(label, justify="right")
+        for some in topics(shown).values():
+            for column in some:
+                table.add_row(column.titled, *(cells[label][column.figure] for label in rows))
+            table.add_section()
+    else:
         table.add_column("model", no_wrap=True)
         for column in shown:
-            table.add_column(f"{column.heading} {ARROWS[column.better]}".rstrip(), justify="right")
-        for label, cells in _cells(rows, shown, "[bold]{}[/bold]").items():
-            table.add_row(label, *cells)
-        console().print(table)
+            table.add_column(column.titled, justify="right")
+        for label in rows:
+            table.add_row(label, *cells[label].values())
+    console().print(table)
 
 
 def markdown(models: Models, settings: EvaluationSettings) -> str:
-    """One Markdown table: mean ± standard error, the best mean of each column bold."""
+    """One Markdown table: mean ± standard error, the best mean of each bold. Its rows are those of ``print_table``."""
     rows = rows_of(models)
     shown = columns_of(rows, settings)
-    head = ["model", *(f"{column.heading} {ARROWS[column.better]}".rstrip() for column in shown)]
-    lines = [head, ["---", *("---:" for _ in shown)]]
-    lines += [[label, *cells] for label, cells in _cells(rows, shown, "**{}**").items()]
+    cells = _cells(rows, shown, "**{}**")
+    if crowded(shown):
+        lines = [["figure", *rows], ["---", *("---:" for _ in rows)]]
+        lines += [[column.titled, *(cells[label][column.figure] for label in rows)] for column in shown]
+    else:
+        lines = [["model", *(column.titled for column in shown)], ["---", *("---:" for _ in shown)]]
+        lines += [[label, *cells[label].values()] for label in rows]
     return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
 
 
@@ -73,7 +86,8 @@ def columns_of(rows: Rows, settings: EvaluationSettings) -> tuple[Column, ...]:
     return columns(settings, [name for figures in rows.values() for name in figures])
 
 
-def _cells(rows: Rows, shown: Sequence[Column], emphasis: str) -> dict[str, list[str]]:
+def _cells(rows: Rows, shown: Sequence[Column], emphasis: str) -> dict[str, dict[str, str]]:
+    """label -> figure -> what is written of it."""
     winners = {column.figure: best(column, rows) for column in shown}
 
     def cell(label: str, column: Column) -> str:
@@ -82,7 +96,7 @@ def _cells(rows: Rows, shown: Sequence[Column], emphasis: str) -> dict[str, list
         text = emphasis.format(text) if label in winners[column.figure] else text
         return f"{text} {column.error_text(error)}".rstrip()
 
-    return {label: [cell(label, column) for column in shown] for label in rows}
+    return {label: {column.figure: cell(label, column) for column in shown} for label in rows}
 
 
 def console() -> Any:

@@ -1,1 +1,1 @@
-"""Penalties on input gradients, and the loss that adds them to the cross-entropy."""
+"""Penalties on input gradients and attributions, the loss that adds one to the cross-entropy, and adversarial losses."""

@@ -31,7 +31,7 @@ from .checks import check_autograd, check_choice, check_input, refuse_compiled
 from .inner_pass import frozen_statistics, implementation, logits_of, samples_interact
 from .integrated_gradients import check_pair, find_layer, path_terms
 from .loss import LossTerms, _mean
-from .schedules import Schedule, check_weight, weight_at
+from .schedules import Schedule, check_weight, is_zero, weight_at
 
 SIZES = ("l1", "l2", "sum")
 
@@ -69,16 +69,18 @@ class _Regularisation:
         refuse_compiled(model)
         return find_layer(model, self.layer)
 
-    def _worst(self, objective: Callable[[Tensor], Tensor], x: Tensor, epsilon: float) -> Tensor:
-        return ascend(
-            objective,
-            x,
-            epsilon,
-            steps=self.attack_steps,
-            step_size=self.attack_step_size,
-            bounds=self.bounds,
-            generator=self.generator,
-        )
+    def _worst(self, objective: Callable[[Tensor], Tensor], model: Any, x: Tensor, epsilon: float) -> Tensor:
+        """x' of an objective of the model; statistics rest, that none may change between a forward and its backward."""
+        with frozen_statistics(model):
+            return ascend(
+                objective,
+                x,
+                epsilon,
+                steps=self.attack_steps,
+                step_size=self.attack_step_size,
+                bounds=self.bounds,
+                generator=self.generator,
+            )
 
     @property
     def _attack_path_steps(self) -> int:
@@ -153,7 +155,7 @@ class AttributionPenalty(_Regularisation):
                 return cross_entropies(frozen, moved, y)  # less ℓ(x), a constant
             return self._norm(path_terms(frozen, moved, y, x, self._attack_path_steps, layer).attribution)
 
-        return self._worst(objective, x, self.epsilon)
+        return self._worst(objective, model, x, self.epsilon)
 
 
 class _Terms(NamedTuple):
@@ -224,19 +226,21 @@ class RobustAttributionLoss(_Regularisation):
             moved = self._attack(model, x.detach(), y, layer, weight, shared)
             terms = self._terms(model, moved, x, y, self.path_steps, layer, shared)
         cross_entropy, size = _mean(terms.cross_entropy, y), terms.size.mean()
-        total = cross_entropy if weight == 0 else cross_entropy + weight * size
+        total = cross_entropy if is_zero(weight) else cross_entropy + weight * size
         return LossTerms(total, cross_entropy, size, terms.logits)
 
-    def _attack(self, model: Any, x: Tensor, y: Tensor, layer: nn.Module | None, weight: float, shared: bool) -> Tensor:
+    def _attack(
+        self, model: Any, x: Tensor, y: Tensor, layer: nn.Module | None, weight: float | Tensor, shared: bool
+    ) -> Tensor:
         frozen = detached(model)
 
         def objective(moved: Tensor) -> Tensor:
-            if weight == 0:
+            if is_zero(weight):
                 return cross_entropies(frozen, moved, y, self.label_smoothing)
             terms = self._terms(frozen, moved, x, y, self._attack_path_steps, layer, shared)
             return terms.cross_entropy + weight * terms.size
 
-        return self._worst(objective, x, self.epsilon)
+        return self._worst(objective, model, x, self.epsilon)
 
     def _terms(
         self, model: Any, moved: Tensor, x: Tensor, y: Tensor, steps: int, layer: nn.Module | None, shared: bool

@@ -26,8 +26,6 @@ from .checks import (
     check_choice,
     check_given_logits,
     check_input,
-    refuse_compiled,
-    refuse_compiled_logits,
     refuse_normalised,
 )
 from .inner_pass import (
@@ -35,6 +33,7 @@ from .inner_pass import (
     RandomState,
     differentiable_input,
     forward,
+    forward_for_double_backward,
     frozen_statistics,
     implementation,
     input_gradient,
@@ -208,10 +207,7 @@ class DensityPenalty:
     def _exact(
         self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | None, label_smoothing: float
     ) -> PerSample:
-        refuse_compiled(model)
-        x = differentiable_input(x)
-        logits = forward(model, x)
-        refuse_compiled_logits(logits)
+        logits, x = forward_for_double_backward(model, x)
         refuse_normalised(logits)
         cross_entropy, log_sum_exp = _cross_entropy_and_logsumexp(logits, y, label_smoothing)
         return PerSample(input_gradient_norm(log_sum_exp, x, self.p, self.power), cross_entropy, logits)

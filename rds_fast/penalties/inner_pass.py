@@ -19,7 +19,15 @@ from ..backends import use_backend
 from ..double_backward import fast_double_backward
 from ..ops.gradient_norm import gradient_norm
 from ..ops.logsumexp import autocast_enabled, without_autocast
-from .checks import check_autograd, check_input, check_logits, check_model, no_path
+from .checks import (
+    check_autograd,
+    check_input,
+    check_logits,
+    check_model,
+    no_path,
+    refuse_compiled,
+    refuse_compiled_logits,
+)
 
 # The cotangent of the inner pass where it may run in float16. It lifts what lies below 6e-8, float16's least number,
 # and leaves room below 65504 for gradients of up to 255. A power of two, so that undoing it in float32 is exact. It is
@@ -68,6 +76,15 @@ def forward(model: Callable[[Tensor], Tensor], x: Tensor, *, twice_differentiabl
     return logits
 
 
+def forward_for_double_backward(model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits and the alias of x that they were computed from, ready for an exact penalty."""
+    refuse_compiled(model)
+    x = differentiable_input(x)
+    logits = forward(model, x)
+    refuse_compiled_logits(logits)
+    return logits, x
+
+
 def input_gradient(output: Tensor, x: Tensor, *, cotangent: float = 1.0, create_graph: bool) -> Tensor:
     """The gradient of Σ cotangent · output with respect to x, outside autocast, which is for forwards.
 
@@ -90,9 +107,24 @@ def guarded_input_gradient(output: Tensor, x: Tensor, *, create_graph: bool = Tr
     return gradient if cotangent == 1.0 else gradient.float() / cotangent
 
 
-def input_gradient_norm(output: Tensor, x: Tensor, p: float, power: float) -> Tensor:
-    """``‖∇ₓ output‖ₚ^power`` of each sample, (N,), differentiable: the inner pass with its graph."""
-    return gradient_norm(guarded_input_gradient(output, x), p, power=power)
+def input_gradient_norm(output: Tensor, x: Tensor, p: float, power: float, *, target: Tensor | None = None) -> Tensor:
+    """``‖∇ₓ output‖ₚ^power`` of each sample, (N,), differentiable: the inner pass with its graph.
+
+    Given a constant ``target`` of x's shape, ``‖∇ₓ output − target‖ₚ^power``.
+    """
+    power = float(power)  # the negative of one of NumPy's unsigned numbers is not what it says
+    cotangent = FLOAT16_COTANGENT if _in_float16(output, x) else 1.0
+    gradient = input_gradient(output, x, cotangent=cotangent, create_graph=True)
+    gradient = gradient if cotangent == 1.0 else gradient.float()
+    if target is not None:
+        gradient = gradient - cotangent * target
+    norm = gradient_norm(gradient, p, power=power)
+    return norm if cotangent == 1.0 else norm * cotangent**-power
+
+
+def constant_input_gradient(output: Tensor, x: Tensor) -> Tensor:
+    """``∇ₓ output``, without a graph; in at least float32 where the inner pass may run in float16."""
+    return guarded_input_gradient(output, x, create_graph=False)
 
 
 def _in_float16(output: Tensor, x: Tensor) -> bool:
@@ -167,6 +199,17 @@ def _is_batch_norm(module: torch.nn.Module) -> bool:
         _BatchNorm.forward,
         torch.nn.SyncBatchNorm.forward,
     )
+
+
+def couples_samples(model: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a sample's logits depend on the others in its batch: batch norm that uses the batch's statistics.
+
+    A model that is no module cannot be looked into, and is taken to.
+    """
+    if not isinstance(model, torch.nn.Module):
+        return True
+    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    return any(norm.training or norm.running_mean is None for norm in norms)
 
 
 def reduce(penalty: Tensor, reduction: str) -> Tensor:

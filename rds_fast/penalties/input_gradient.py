@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..ops.cross_entropy import check_class_indices, cross_entropy_with_logsumexp
 from ..ops.gradient_norm import check_norm
-from .checks import IGNORED, check_choice, check_given_logits, check_labels, refuse_compiled, refuse_compiled_logits
-from .inner_pass import PerSample, differentiable_input, forward, implementation, input_gradient_norm
+from .checks import IGNORED, check_choice, check_given_logits, check_labels
+from .inner_pass import PerSample, forward_for_double_backward, implementation, input_gradient_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class InputGradientPenalty:
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
         """The mean penalty of x (N, ...) with labels y, a scalar."""
         with implementation(self.fast):
-            logits, x = self._forward(model, x)
+            logits, x = forward_for_double_backward(model, x)
             return input_gradient_norm(self._output(logits, y), x, self.p, self.power).mean()
 
     def from_logits(self, logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -76,18 +76,11 @@ class InputGradientPenalty:
         Label smoothing is for the cross-entropy that is returned; the penalty's own has none.
         """
         with implementation(self.fast):
-            logits, x = self._forward(model, x)
+            logits, x = forward_for_double_backward(model, x)
             cross_entropy, _ = cross_entropy_with_logsumexp(logits, y, label_smoothing=label_smoothing)
             shared = self.of == "cross_entropy" and label_smoothing == 0
             output = cross_entropy if shared else self._output(logits, y)
             return PerSample(input_gradient_norm(output, x, self.p, self.power), cross_entropy, logits)
-
-    def _forward(self, model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-        refuse_compiled(model)
-        x = differentiable_input(x)
-        logits = forward(model, x)
-        refuse_compiled_logits(logits)
-        return logits, x
 
     def _output(self, logits: Tensor, y: Tensor) -> Tensor:
         """What is differentiated with respect to x, (N,)."""

@@ -10,9 +10,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ..ops.inputs import check_number
 
-Schedule = Callable[[int], float]
+# The weight of a step: a number, or a tensor of no dimension, whose value stays on its device.
+Schedule = Callable[[int], float | Tensor]
 
 
 def check_weight(weight: float, name: str = "weight") -> float:
@@ -23,8 +26,8 @@ def check_weight(weight: float, name: str = "weight") -> float:
     return number
 
 
-def weight_at(weight: float | Schedule, step: int | None) -> float:
-    """The weight of a training step: the number itself, or the schedule's value, checked."""
+def weight_at(weight: float | Schedule, step: int | None) -> float | Tensor:
+    """The weight of a training step: the number itself or the schedule's value, checked; a tensor's is not read."""
     if not callable(weight):
         return float(weight)
     if step is None:
@@ -32,10 +35,24 @@ def weight_at(weight: float | Schedule, step: int | None) -> float:
             f"weight is a schedule ({weight!r}) and step was not given; call loss(model, x, y, step=step) "
             "with the number of the training step"
         )
-    return check_weight(weight(step), f"the weight at step {step}")
+    value = weight(step)
+    if not isinstance(value, Tensor):
+        return check_weight(value, f"the weight at step {step}")
+    if value.dim() or not value.is_floating_point():
+        raise TypeError(
+            f"the weight at step {step} is a tensor of shape {tuple(value.shape)} and {value.dtype}; it must be "
+            "a number, or a floating-point tensor of shape ()"
+        )
+    return value.detach()
 
 
-def _check_steps(steps: int, name: str = "steps") -> None:
+def is_zero(weight: float | Tensor) -> bool:
+    """Whether a weight is the number 0, so that nothing need be computed for it; a tensor's value is not read."""
+    return not isinstance(weight, Tensor) and weight == 0
+
+
+def check_steps(steps: int, name: str = "steps") -> None:
+    """Raise unless ``steps`` is an int of at least 1."""
     if isinstance(steps, bool) or not isinstance(steps, int):
         raise TypeError(f"{name} is a {type(steps).__name__}; it must be an int")
     if steps < 1:
@@ -65,7 +82,8 @@ class Constant:
 class LinearWarmup:
     """From 0 at step 0 linearly to ``weight`` at step ``steps``, and ``weight`` from there on.
 
-    ``weight`` may be a schedule itself, whose value is then scaled by the same ramp: a warm-up before a cosine, say.
+    ``weight`` may be a schedule itself, whose value is then scaled by the same ramp: a warm-up before a cosine, say, or
+    before an adaptive weight.
     """
 
     weight: float | Schedule
@@ -74,12 +92,12 @@ class LinearWarmup:
     def __post_init__(self) -> None:
         if not callable(self.weight):
             check_weight(self.weight)
-        _check_steps(self.steps)
+        check_steps(self.steps)
 
-    def __call__(self, step: int) -> float:
+    def __call__(self, step: int) -> float | Tensor:
         _check_step(step)
         weight = self.weight(step) if callable(self.weight) else self.weight
-        return float(weight) * min(1.0, step / self.steps)
+        return (weight if isinstance(weight, Tensor) else float(weight)) * min(1.0, step / self.steps)
 
 
 @dataclass(frozen=True)
@@ -93,7 +111,7 @@ class Cosine:
     def __post_init__(self) -> None:
         check_weight(self.start, "start")
         check_weight(self.end, "end")
-        _check_steps(self.steps)
+        check_steps(self.steps)
 
     def __call__(self, step: int) -> float:
         _check_step(step)
@@ -116,7 +134,7 @@ class Step:
         check_weight(self.factor, "factor")
         object.__setattr__(self, "milestones", tuple(self.milestones))  # a list is welcome, and copied
         for milestone in self.milestones:
-            _check_steps(milestone, "a milestone")
+            check_steps(milestone, "a milestone")
         if any(later <= earlier for earlier, later in zip(self.milestones, self.milestones[1:], strict=False)):
             raise ValueError(f"milestones are {self.milestones}; they must increase")
 

@@ -17,6 +17,10 @@ from torch import Tensor
 from .extras import require
 
 
+# What a file is called while it is written; a killed process leaves it.
+TEMPORARY = ".*.tmp"
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file by new content; a reader, or a crash, sees the old content or the new and nothing between."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

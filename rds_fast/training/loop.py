@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..penalties.loss import LossTerms
 from . import checkpoints, data, runs
 from .accuracy import evaluate_accuracy
 from .config import TrainingConfig
@@ -22,7 +23,7 @@ from .display import Display
 from .extras import require
 from .interruption import Interruption
 from .normalization import channel_statistics
-from .objectives import Objective
+from .objectives import Objective, Part
 from .optimization import learning_rate_schedule
 from .order import Order
 from .state import LOSSES, TrainingState
@@ -112,6 +113,7 @@ def train(
         run = _Run(config, run_dir, device, splits, quiet)
         if not resume:
             runs.create(run_dir, config, splits.train)  # only now: what cannot begin leaves no folder behind
+        runs.remove_temporaries(run_dir)
         return run.run()
 
 
@@ -126,12 +128,12 @@ class _Run:
         self.training, self.validation = splits.train.to(device), splits.validation.to(device)
         self.order = Order(len(self.training), config.batch_size, config.seed, self.training.index_device)
         self.steps_per_epoch = self.order.steps_per_epoch
-        self.objective = Objective(config, self.steps_per_epoch)
+        self.objective = Objective(config, self.steps_per_epoch, self.training.classes, device)
         self.learning_rate = learning_rate_schedule(config, self.steps_per_epoch)
         normalization = channel_statistics(self.training) if config.normalize else None
-        self.state = TrainingState(config, device, self.training.classes, normalization)
-        self.total_steps = config.epochs * self.steps_per_epoch
-        self.display = Display(config.epochs, self.total_steps, quiet)
+        self.state = TrainingState(config, device, self.training.classes, self.objective, normalization)
+        self.total_steps = config.total_steps(self.steps_per_epoch)
+        self.display = Display(math.ceil(self.total_steps / self.steps_per_epoch), self.total_steps, quiet)
         self.uncollected: list[Tensor] = []  # the losses of the last steps, so that not every step waits for the GPU
         self.waited = 0.0  # for data since the last row, in seconds
         reset_peak_memory(device)
@@ -177,9 +179,13 @@ class _Run:
         self.state.seconds += time.perf_counter() - start
 
     def _due(self, interval: int | None) -> bool:
-        """At the end of each epoch, and every ``interval`` steps within it."""
+        """At the end of each epoch and of the run, and every ``interval`` steps within an epoch."""
         step_of_epoch = self.state.step % self.steps_per_epoch
-        return step_of_epoch == 0 or (interval is not None and step_of_epoch % interval == 0)
+        return self._ends_epoch() or (interval is not None and step_of_epoch % interval == 0)
+
+    def _ends_epoch(self) -> bool:
+        """Whether an epoch ends here, or the run, as it may within one where its steps are given."""
+        return self.state.step % self.steps_per_epoch == 0 or self.state.step == self.total_steps
 
     def _inputs(self, images: Tensor) -> Tensor:
         """What the model takes, of images as the data give them."""
@@ -197,17 +203,18 @@ class _Run:
             group["lr"] = self.learning_rate(state.step)
         state.model.train()
         state.optimizer.zero_grad()
-        losses = [
+        parts = [
             self._backward(self._inputs(part), labels, len(labels) / len(y))
             for part, labels in zip(images.split(size), y.split(size), strict=True)
         ]
         state.scaler.step(state.optimizer)
         state.scaler.update()
-        self.uncollected.append(torch.stack(losses).sum(0))
+        self.objective.update(parts)
+        self.uncollected.append(torch.stack([part.sums() for part in parts]).sum(0))
         state.step += 1
 
-    def _backward(self, x: Tensor, y: Tensor, share: float) -> Tensor:
-        """Add a micro-batch's share of the batch's gradient; the result are the sums of its losses, as ``LOSSES``.
+    def _backward(self, x: Tensor, y: Tensor, share: float) -> Part:
+        """Add a micro-batch's share of the batch's gradient.
 
         The loss is a mean over samples, so the batch's is the sum of the micro-batches', each weighted by its share
         of the samples: the last micro-batch of an epoch may be smaller.
@@ -215,9 +222,7 @@ class _Run:
         with self._autocast():
             terms = self.objective(self.state.model, x, y, self.state.step)
         self.state.scaler.scale(terms.total * share).backward()
-        accuracy = (terms.logits.detach().argmax(1) == y).float().mean()
-        losses = [terms.total.detach(), terms.cross_entropy.detach(), terms.penalty.detach(), accuracy]
-        return torch.stack([loss.float() for loss in losses]) * len(y)
+        return Part(LossTerms(*(term.detach() for term in terms)), y)
 
     def _validate(self) -> tuple[float, float]:
         """Accuracy and cross-entropy on the validation split, in the precision of training."""
@@ -242,8 +247,8 @@ class _Run:
     def _write_metrics(self) -> dict[str, Any]:
         """Append a row: the means over this epoch so far and, at its end, the accuracy on the validation split."""
         state = self.state
-        epoch, step_of_epoch = divmod(state.step - 1, self.steps_per_epoch)
-        ends_epoch = step_of_epoch + 1 == self.steps_per_epoch
+        epoch = (state.step - 1) // self.steps_per_epoch
+        ends_epoch = self._ends_epoch()
         done = self.order.samples_before(state.step) - epoch * len(self.training)
         row: dict[str, Any] = {
             "kind": "epoch" if ends_epoch else "interval",
@@ -251,7 +256,7 @@ class _Run:
             "epoch": epoch + 1,
             **{name: total / done for name, total in zip(LOSSES, state.sums, strict=True)},
             "lr": self.learning_rate(state.step - 1),
-            "weight": self.objective.weight(state.step - 1),
+            "weight": float(self.objective.weight(state.step - 1)),
             **self._measurements(),
             "seconds": state.seconds,
         }

@@ -10,5 +10,6 @@ def check_name(setting: str, name: object, names: Iterable[str]) -> None:
     """Raises ValueError, with the nearest valid name, unless ``name`` is one of ``names``."""
     names = tuple(names)
     if name not in names:
-        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)[0]
+        holding = [valid for valid in names if name and str(name) in valid]  # "logit" is rather "target_logit"
+        near = (holding or difflib.get_close_matches(str(name), names, n=1, cutoff=0.0))[0]
         raise ValueError(f"{setting} is {name!r}; did you mean {near!r}? It must be one of {', '.join(names)}")

@@ -1,59 +1,180 @@
-"""What is minimised: the cross-entropy, alone or with a penalty on an input gradient."""
+"""What is minimised: the loss that a configuration asks for, with its weight over time."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.cross_entropy import cross_entropy_with_logsumexp
+from ..penalties.adaptive import AccuracyBudget, PenaltyRatio
+from ..penalties.adversarial import AdversarialLoss
+from ..penalties.attribution import AttributionPenalty, RobustAttributionLoss
 from ..penalties.density import DensityPenalty
 from ..penalties.inner_pass import implementation
 from ..penalties.input_gradient import InputGradientPenalty
+from ..penalties.jacobian import JacobianPenalty
 from ..penalties.loss import LossTerms, PenalizedLoss, Penalty
+from ..penalties.matching import GradientMatchingPenalty
 from ..penalties.schedules import Constant, Cosine, LinearWarmup, Schedule, Step
+from . import runs
 from .config import TrainingConfig
+from .objective_settings import ADAPTIVE, PENALIZED
+
+Loss = Callable[[nn.Module, Tensor, Tensor, int], LossTerms]
 
 
 def cross_entropy(
-    model: nn.Module, x: Tensor, y: Tensor, *, label_smoothing: float = 0.0, fast: bool = True
+    model: nn.Module, x: Tensor, y: Tensor, step: int = 0, *, label_smoothing: float = 0.0, fast: bool = True
 ) -> LossTerms:
-    """The mean cross-entropy, and a penalty of 0."""
+    """The mean cross-entropy, and a penalty of 0; the step does not matter."""
     logits = model(x)
     with implementation(fast):
         loss = cross_entropy_with_logsumexp(logits, y, label_smoothing=label_smoothing)[0].mean()
     return LossTerms(loss, loss, torch.zeros_like(loss), logits)
 
 
+class Part(NamedTuple):
+    """A micro-batch of a step: its loss terms, without a graph, and its labels."""
+
+    terms: LossTerms
+    labels: Tensor
+
+    def sums(self) -> Tensor:
+        """Over its samples: of the loss, the cross-entropy, the penalty and the right answers, (4,)."""
+        accuracy = (self.terms.logits.argmax(1) == self.labels).float().mean()
+        losses = (self.terms.total, self.terms.cross_entropy, self.terms.penalty, accuracy)
+        return torch.stack([loss.float() for loss in losses]) * len(self.labels)
+
+
 class Objective:
     """``objective(model, x, y, step)``: the loss terms that a configuration asks for.
 
     Attributes:
-        weight: λ as a function of the step; 0 for the cross-entropy alone.
+        weight: λ as a function of the step; 0 where there is none.
+
+    Raises:
+        FileNotFoundError, ValueError: there is a teacher, and it is no finished run, or one for other data.
     """
 
-    def __init__(self, config: TrainingConfig, steps_per_epoch: int) -> None:
-        self._fast, self._label_smoothing = config.fast, config.label_smoothing
-        self._loss: PenalizedLoss | None = None
-        self.weight: Schedule = Constant(0.0)
-        if config.objective != "cross-entropy":
-            self.weight = _weight_schedule(config, steps_per_epoch)
-            self._loss = PenalizedLoss(
-                _penalty(config), self.weight, label_smoothing=config.label_smoothing, fast=config.fast
+    def __init__(
+        self, config: TrainingConfig, steps_per_epoch: int, classes: int, device: torch.device | str = "cpu"
+    ) -> None:
+        weighted = config.without_effect("weight") is None
+        self.weight: Schedule = _weight(config, steps_per_epoch) if weighted else Constant(0.0)
+        if config.objective in PENALIZED:
+            self._loss: Loss = PenalizedLoss(
+                _penalty(config, classes, device),
+                self.weight,
+                every=config.penalty_every,
+                share=config.penalty_share,
+                label_smoothing=config.label_smoothing,
+                fast=config.fast,
             )
+        elif config.objective == "cross-entropy":
+            self._loss = partial(cross_entropy, label_smoothing=config.label_smoothing, fast=config.fast)
+        else:
+            self._loss = _loss_under_attack(config, self.weight)
+        # What a weight that adapts has seen is a state; all else follows from the step.
+        self._adaptive = self.weight if isinstance(self.weight, (PenaltyRatio, AccuracyBudget)) else None
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, step: int) -> LossTerms:
-        if self._loss is None:
-            return cross_entropy(model, x, y, label_smoothing=self._label_smoothing, fast=self._fast)
         return self._loss(model, x, y, step)
 
+    def update(self, parts: Sequence[Part]) -> None:
+        """Tell a weight that adapts what came of a step, from all its micro-batches: it is one for the whole step."""
+        if self._adaptive is None:
+            return
+        labels = torch.cat([part.labels for part in parts])
+        shares = [len(part.labels) / len(labels) for part in parts]
+        total, cross_entropy, penalty = (
+            torch.stack([share * part.terms[term] for share, part in zip(shares, parts, strict=True)]).sum()
+            for term in range(3)
+        )
+        logits = torch.cat([part.terms.logits for part in parts])
+        self._adaptive.update(LossTerms(total, cross_entropy, penalty, logits), labels)
 
-def _penalty(config: TrainingConfig) -> Penalty:
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a weight that adapts has seen; nothing else has a state."""
+        return {} if self._adaptive is None else self._adaptive.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Return to a state.
+
+        Raises:
+            ValueError: it is of another kind of weight.
+        """
+        if self._adaptive is not None:
+            self._adaptive.load_state_dict(state)
+
+
+def _loss_under_attack(config: TrainingConfig, weight: Schedule) -> Loss:
+    """The losses of the worst point of a ball around each sample, which are no penalty beside the cross-entropy."""
+    if config.objective == "adversarial":
+        return AdversarialLoss(
+            config.epsilon,
+            norm=config.attack_norm,
+            steps=config.attack_steps,
+            step_size=config.attack_step_size,
+            label_smoothing=config.label_smoothing,
+            fast=config.fast,
+        )
+    return RobustAttributionLoss(
+        weight,
+        config.epsilon,
+        path_steps=config.path_steps,
+        attack_steps=config.attack_steps,
+        attack_step_size=config.attack_step_size,
+        attack_path_steps=config.attack_path_steps,
+        size=config.attribution_size,
+        layer=config.attribution_layer,
+        label_smoothing=config.label_smoothing,
+        fast=config.fast,
+    )
+
+
+def _penalty(config: TrainingConfig, classes: int, device: torch.device | str) -> Penalty:
     if config.objective == "density":
         return DensityPenalty(p=config.p, power=config.power, method=config.method, step_size=config.step_size)
-    return InputGradientPenalty(p=config.p, power=config.power, of=config.of)
+    if config.objective == "input-gradient":
+        return InputGradientPenalty(p=config.p, power=config.power, of=config.of)
+    if config.objective == "jacobian":
+        return JacobianPenalty(projections=config.projections or None)
+    if config.objective == "gradient-matching":
+        return GradientMatchingPenalty(_teacher(config, classes, device), p=config.p, power=config.power, of=config.of)
+    return AttributionPenalty(
+        config.epsilon,
+        path_steps=config.path_steps,
+        attack_steps=config.attack_steps,
+        attack_step_size=config.attack_step_size,
+        attack_path_steps=config.attack_path_steps,
+        size=config.attribution_size,
+        layer=config.attribution_layer,
+    )
 
 
-def _weight_schedule(config: TrainingConfig, steps_per_epoch: int) -> Schedule:
+def _teacher(config: TrainingConfig, classes: int, device: torch.device | str) -> nn.Module:
+    """The model of the run that is to be matched, for the same images and classes."""
+    assert config.teacher is not None  # the configuration saw to it
+    model, settings = runs.load_model(config.teacher, device)
+    found = (settings.image_shape, runs.classes(config.teacher))
+    if found != (config.image_shape, classes):
+        raise ValueError(
+            f"the teacher in {config.teacher} is for images of {found[0]} and {found[1]} classes; the data "
+            f"{config.data} have images of {config.image_shape} and {classes} classes. Give a run on such data"
+        )
+    model.requires_grad_(False)
+    return model.to(memory_format=torch.channels_last) if config.channels_last else model  # type: ignore[call-overload]
+
+
+def _weight(config: TrainingConfig, steps_per_epoch: int) -> Schedule:
+    if config.weight_schedule in ADAPTIVE:
+        assert config.weight_target is not None  # the configuration saw to it
+        kind = PenaltyRatio if config.weight_schedule == "penalty-ratio" else AccuracyBudget
+        return kind(config.weight_target, initial=config.weight)
     warmup_steps = max(round(config.weight_warmup_epochs * steps_per_epoch), 1)
     if config.weight_schedule == "linear":
         return LinearWarmup(config.weight, warmup_steps)

@@ -43,7 +43,7 @@ def learning_rate_schedule(config: TrainingConfig, steps_per_epoch: int) -> Sche
         rate *= config.batch_size / REFERENCE_BATCH_SIZE
     schedule: Schedule = Constant(rate)
     if config.lr_schedule == "cosine":
-        schedule = Cosine(rate, 0.0, config.epochs * steps_per_epoch)
+        schedule = Cosine(rate, 0.0, config.total_steps(steps_per_epoch))
     elif config.lr_schedule == "step":
         milestones = tuple(epoch * steps_per_epoch for epoch in config.lr_milestones)
         schedule = Step(rate, milestones, config.lr_factor)

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from . import checkpoints, data, models
+from .checkpoints import TEMPORARY
 from .config import TrainingConfig
 
 CONFIG = "config.json"
@@ -30,6 +31,9 @@ CHECKPOINT = "checkpoint/last.safetensors"
 MODEL = "model.safetensors"
 EVALUATION = "evaluation.json"
 NON_FINITE = "non_finite_batch.json"
+
+# Before runs described their data there were the sets of the MNIST family alone, all of ten classes.
+_UNDESCRIBED = {"classes": 10}
 
 
 def versions() -> dict[str, str | None]:
@@ -66,8 +70,22 @@ def check_free(run_dir: Path, overwrite: bool) -> None:
     if (run_dir / CONFIG).exists():
         if not overwrite:
             raise FileExistsError(f"{run_dir} holds a run already; --resume continues it, --overwrite replaces it")
-    elif run_dir.exists() and any(run_dir.iterdir()):
+    elif run_dir.exists() and not all(map(_is_leftover, run_dir.iterdir())):
         raise FileExistsError(f"{run_dir} holds files and no run; give another folder, or an empty one")
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a file or folder is what a process leaves that is killed while it makes the folder of a run."""
+    if path.name == Path(CHECKPOINT).parent.name and path.is_dir():
+        return all(map(_is_leftover, path.iterdir()))
+    return path.match(TEMPORARY)
+
+
+def remove_temporaries(run_dir: Path) -> None:
+    """Delete what killed processes left half written: nobody would ever finish it."""
+    for folder in (run_dir, (run_dir / CHECKPOINT).parent):
+        for path in folder.glob(TEMPORARY):
+            path.unlink()
 
 
 def create(run_dir: Path, config: TrainingConfig, split: data.Split) -> None:
@@ -94,7 +112,7 @@ def _read(run_dir: Path) -> tuple[TrainingConfig, dict[str, Any]]:
         )
     try:
         content = json.loads(path.read_text())
-        settings, described = content["settings"], dict(content["data"])
+        settings, described = content["settings"], dict(content.get("data", _UNDESCRIBED))
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); expected the settings of a run") from error
     return TrainingConfig.from_settings(settings), described
@@ -124,11 +142,16 @@ def check_same_data(run_dir: Path, split: data.Split) -> None:
     """Raises ValueError if a run was made with other training data: other classes, or more or fewer samples."""
     before, now = _read(run_dir)[1], _description(split)
     for name, value in now.items():
-        if before.get(name) != value:
-            found = f"{name} was {before.get(name)!r} and is now {value!r}"
+        if name in before and before[name] != value:
+            found = f"{name} was {before[name]!r} and is now {value!r}"
             raise ValueError(
                 f"{run_dir} cannot be resumed with other data: {found}. Restore the data, or start a new run"
             )
+
+
+def classes(run_dir: str | Path) -> int:
+    """How many classes the data of a run have; raises as ``read_config`` does."""
+    return int(_read(Path(run_dir))[1]["classes"])
 
 
 def load_model(run_dir: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, TrainingConfig]:

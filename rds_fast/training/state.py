@@ -11,16 +11,18 @@ from torch import Tensor
 from ..nn import fuse
 from . import checkpoints, models
 from .config import TrainingConfig
+from .objectives import Objective
 from .optimization import build_optimizer
 
 LOSSES = ("total", "cross_entropy", "penalty", "accuracy")
 
 
 class TrainingState:
-    """The model, its optimiser and gradient scaler, the steps done, and the random generators of torch.
+    """The model, its optimiser and gradient scaler, a weight that adapts, the steps done, and torch's generators.
 
-    The learning rate, the penalty's weight and the order of the data follow from the step and the configuration, so
-    they are no state. Construction seeds torch's global generators.
+    The learning rate, any other weight of a penalty and the order of the data follow from the step and the
+    configuration, so they are no state. Attacks, projections and shares of a batch are drawn from torch's global
+    generators, which construction seeds.
 
     Attributes:
         step: the steps done.
@@ -33,10 +35,11 @@ class TrainingState:
         config: TrainingConfig,
         device: torch.device,
         classes: int,
+        objective: Objective,
         normalization: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         torch.manual_seed(config.seed)
-        self.device = device
+        self.device, self._objective = device, objective
         self.model = models.build(config.model, config.image_shape, classes, normalize=normalization)
         if config.fuse:
             self.model = fuse(self.model, inplace=True)
@@ -65,6 +68,7 @@ class TrainingState:
         tensors: dict[str, Tensor] = {
             **checkpoints.prefixed("model", self.model.state_dict()),
             **checkpoints.prefixed("optimizer", optimizer_tensors),
+            **checkpoints.prefixed("objective", self._objective.state_dict()),
             **checkpoints.prefixed("generator", generators),
         }
         rest: dict[str, Any] = {
@@ -92,10 +96,11 @@ class TrainingState:
             self.model.load_state_dict(checkpoints.under("model", tensors))
             checkpoints.unpack_optimizer(self.optimizer, checkpoints.under("optimizer", tensors), rest["optimizer"])
             self.scaler.load_state_dict(rest["scaler"])
+            self._objective.load_state_dict(checkpoints.under("objective", tensors))
             self.step, self.seconds, self.sums = rest["step"], rest["seconds"], rest["sums"]
             generators = checkpoints.under("generator", tensors)
             torch.set_rng_state(generators["cpu"])
-        except (RuntimeError, KeyError) as error:
+        except (RuntimeError, KeyError, ValueError) as error:
             raise ValueError(f"{path} does not fit this run ({error}); delete it to begin again") from error
         if self.device.type == "cuda" and "cuda" in generators:  # absent where the run began on a CPU
             torch.cuda.set_rng_state(generators["cuda"], self.device)

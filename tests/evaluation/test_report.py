@@ -106,9 +106,10 @@ def test_the_page_needs_nothing_else(page: str) -> None:
     assert len(pictures) == 10 * 5  # samples, and the maps of four models
     assert all(source.startswith("#") for source in set(sources) - set(pictures))  # within a drawing
     ids = set(re.findall(r' id="([^"]*)"', page))
+    assert len(ids) == page.count(' id="')  # those of one drawing are not those of another
     assert {source[1:] for source in set(sources) - set(pictures)} <= ids
     without_pictures = re.sub(r'src="data:[^"]*"', "", page)
-    assert page.count("<svg ") == 3
+    assert page.count("<svg ") == 4  # reliability, two of the training, the candidates
     for foreign in ("http:", "https:", "//", "@import", "<script", "<link", "<iframe", "<?xml", "<!DOCTYPE"):
         assert foreign not in without_pictures
     assert set(re.findall(r"url\(#(.*?)\)", without_pictures)) <= ids
@@ -145,6 +146,7 @@ def test_the_best_of_a_column_is_found_by_what_is_printed() -> None:
     assert best(accuracy, rows) == {"a", "b"}  # 90.0% both
     assert best(share, rows) == {"a", "b"}  # 0.30 both; less is better, and none is not least
     assert best(norm, rows) == set()
+    assert best(accuracy, {"a": rows["a"], "b": rows["b"]}) == set()  # nobody is better
     assert best(accuracy, {"a": rows["a"], "d": {"accuracy": Figure(None)}}) == set()
 
 

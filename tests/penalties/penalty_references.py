@@ -68,10 +68,10 @@ def eager_input_gradient(model: Model, x: Tensor, y: Tensor, of: str, p: float =
     return eager_norms(output, x, p, power)
 
 
-def gradients(loss: Tensor, model: nn.Module, *others: Tensor) -> list[Tensor]:
+def gradients(loss: Tensor, model: nn.Module, *others: Tensor, retain_graph: bool = False) -> list[Tensor]:
     """Of the parameters and of ``others``; where the loss does not depend on a tensor, zeros."""
     wanted = [*(p for p in model.parameters() if p.requires_grad), *others]
-    return list(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
+    return list(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True, retain_graph=retain_graph))
 
 
 def assert_same_gradients(ours: list[Tensor], truth: list[Tensor], tolerance: float = 1e-10) -> None:

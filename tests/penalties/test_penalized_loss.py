@@ -217,8 +217,40 @@ def test_weights_and_schedules() -> None:
         loss(model, x, y)
     with pytest.raises(ValueError, match=r"the weight at step 3 is -1\.0; it must be finite and not negative"):
         PenalizedLoss(DensityPenalty(), lambda step: -1.0)(model, x, y, step=3)
-    with pytest.raises(TypeError, match="the weight at step 3 is a Tensor; it must be a Python number"):
-        PenalizedLoss(DensityPenalty(), lambda step: torch.tensor(1.0))(model, x, y, step=3)
+    with pytest.raises(TypeError, match="the weight at step 3 is 'much', a str; it must be a Python number"):
+        PenalizedLoss(DensityPenalty(), lambda step: "much")(model, x, y, step=3)
+
+
+def test_a_schedules_weight_may_be_a_tensor() -> None:
+    """Of any precision, with the loss in its own, and no gradient for what it was computed from."""
+    model, (x, y) = NETWORKS["mlp"](torch.float32), batch(torch.float32)
+    source = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    terms = PenalizedLoss(DensityPenalty(), lambda step: 2 * source)(model, x, y, step=3)
+    expected = PenalizedLoss(DensityPenalty(), 0.6)(model, x, y)
+    assert terms.total.dtype == torch.float32
+    torch.testing.assert_close(terms.total, expected.total)
+    terms.total.backward()
+    assert source.grad is None
+    for weight in (torch.tensor([1.0]), torch.tensor(1)):
+        with pytest.raises(TypeError, match=r"the weight at step 3 is a tensor of shape .* a floating-point tensor of"):
+            PenalizedLoss(DensityPenalty(), lambda step, weight=weight: weight)(model, x, y, step=3)
+    warm_up = schedules.LinearWarmup(lambda step: torch.tensor(0.8), 4)
+    assert [float(warm_up(step)) for step in (0, 1, 9)] == pytest.approx([0.0, 0.2, 0.8])
+
+
+class OwnPerSample(OwnPenalty):
+    """Knows nothing of label smoothing, and returns a plain tuple."""
+
+    def per_sample(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = model(x)
+        return logits.square().mean(1), nn.functional.cross_entropy(logits, y, reduction="none"), logits
+
+
+def test_per_sample_of_a_penalty_of_ones_own() -> None:
+    model, (x, y) = NETWORKS["mlp"](), batch()
+    terms = PenalizedLoss(OwnPerSample(), 0.5)(model, x, y)
+    truth = nn.functional.cross_entropy(model(x), y) + 0.5 * model(x).square().mean()
+    assert_same_gradients(gradients(terms.total, model), gradients(truth, model))
 
 
 def test_weight_zero_is_cross_entropy_alone() -> None:

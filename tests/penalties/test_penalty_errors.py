@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,9 +13,12 @@ from penalty_references import CLASSES, NETWORKS, batch, mlp
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from rds_fast.penalties.attribution import AttributionPenalty, RobustAttributionLoss
 from rds_fast.penalties.density import DensityPenalty, density_penalty, density_penalty_from_logits, log_density
 from rds_fast.penalties.input_gradient import InputGradientPenalty
+from rds_fast.penalties.jacobian import JacobianPenalty
 from rds_fast.penalties.loss import PenalizedLoss
+from rds_fast.penalties.matching import GradientMatchingPenalty
 
 Call = Callable[[Any, Any, Any], Any]
 
@@ -25,7 +29,13 @@ CALLS: dict[str, Call] = {
     "DensityPenalty": DensityPenalty(),
     "InputGradientPenalty": InputGradientPenalty(),
     "target_logit": InputGradientPenalty(of="target_logit"),
+    "JacobianPenalty": JacobianPenalty(),
+    "GradientMatchingPenalty": GradientMatchingPenalty(mlp(seed=3)),
     "PenalizedLoss": PenalizedLoss(DensityPenalty()),
+    "AttributionPenalty": AttributionPenalty(0.1, path_steps=2, attack_steps=1, bounds=(-math.inf, math.inf)),
+    "RobustAttributionLoss": RobustAttributionLoss(
+        0.5, 0.1, path_steps=2, attack_steps=1, bounds=(-math.inf, math.inf)
+    ),
 }
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 
@@ -153,6 +163,8 @@ def test_log_softmax(normalise: Callable[[Tensor], Tensor]) -> None:
     x = x.requires_grad_()
     calls = [
         *(CALLS[name] for name in ("density_penalty", "finite_difference", "DensityPenalty", "PenalizedLoss")),
+        GradientMatchingPenalty(mlp(), of="log_density"),
+        GradientMatchingPenalty(model, of="log_density"),
         lambda model, x, y: density_penalty_from_logits(model(x), x),
         lambda model, x, y: log_density(model, x),
     ]
@@ -257,6 +269,20 @@ def test_class_indices_out_of_range(bad: int) -> None:
         ),
         (lambda: InputGradientPenalty(p=0.5), r"p is 0\.5; the order of the norm"),
         (lambda: InputGradientPenalty(power=-2), r"power is -2; it must be positive"),
+        (
+            lambda: JacobianPenalty(projections=0),
+            r"projections is 0; it must be at least 1, or None for the exact norm",
+        ),
+        (lambda: GradientMatchingPenalty(mlp(), p=0.5), r"p is 0\.5; the order of the norm"),
+        (lambda: GradientMatchingPenalty(mlp(), power=0), r"power is 0; it must be positive"),
+        (lambda: GradientMatchingPenalty(mlp(), of="loss"), r"of is 'loss'; it must be one of .*, 'log_density'"),
+        (lambda: PenalizedLoss(DensityPenalty(), every=0), r"every is 0; it must be at least 1"),
+        (
+            lambda: PenalizedLoss(DensityPenalty(), share=0),
+            r"share is 0; it must be in \(0, 1\], the part of each batch",
+        ),
+        (lambda: PenalizedLoss(DensityPenalty(), share=1.5), r"share is 1\.5; it must be in \(0, 1\]"),
+        (lambda: PenalizedLoss(DensityPenalty(), share=math.nan), r"share is nan; it must be in \(0, 1\]"),
         (lambda: InputGradientPenalty(of="loss"), r"of is 'loss'; it must be one of 'cross_entropy', 'target_logit'"),
     ],
 )
@@ -273,12 +299,26 @@ def test_bad_arguments(make: Callable[[], object], message: str) -> None:
         (DensityPenalty, "step_size"),
         (InputGradientPenalty, "p"),
         (InputGradientPenalty, "power"),
+        (partial(GradientMatchingPenalty, mlp()), "p"),
+        (partial(PenalizedLoss, DensityPenalty()), "share"),
     ],
 )
 def test_numbers(penalty: Any, name: str) -> None:
     for value, found in ((torch.tensor(2.0), "a Tensor"), ("2", "'2', a str"), (True, "True, a bool")):
         with pytest.raises(TypeError, match=f"^{name} is {found}; it must be a Python number"):
             penalty(**{name: value})
+
+
+def test_types() -> None:
+    with pytest.raises(TypeError, match=r"projections is 1\.0, a float; it must be an int, the number of random dir"):
+        JacobianPenalty(projections=1.0)
+    with pytest.raises(TypeError, match="projections is True, a bool; it must be an int"):
+        JacobianPenalty(projections=True)
+    with pytest.raises(TypeError, match="every is a float; it must be an int"):
+        PenalizedLoss(DensityPenalty(), every=2.0)
+    for teacher, found in ((None, "a NoneType"), (nn.Linear, "the class Linear")):
+        with pytest.raises(TypeError, match=f"the model is {found}; it must be a callable that maps x"):
+            GradientMatchingPenalty(teacher)
 
 
 def test_bad_arguments_of_the_functions() -> None:
@@ -298,7 +338,13 @@ def test_bad_arguments_of_the_functions() -> None:
 def test_given_logits() -> None:
     model, (x, y) = NETWORKS["mlp"](), batch()
     leaf = x.clone().requires_grad_()
-    for penalty in (DensityPenalty(), InputGradientPenalty(), InputGradientPenalty(of="target_logit")):
+    for penalty in (
+        DensityPenalty(),
+        InputGradientPenalty(),
+        InputGradientPenalty(of="target_logit"),
+        JacobianPenalty(),
+        GradientMatchingPenalty(mlp(seed=3)),
+    ):
         with pytest.raises(RuntimeError, match=r"x does not require a gradient.*call x\.requires_grad_\(\) before the"):
             penalty.from_logits(model(x), x, y)
         with pytest.raises(RuntimeError, match=r"no gradient path from x to the logits.*from another tensor than x"):
@@ -328,7 +374,7 @@ class TestCompiledModels:
 
     message = r"torch\.compile\), which cannot be differentiated twice.*_orig_mod.*method='finite_difference'"
 
-    @pytest.mark.parametrize("name", ["density_penalty", "InputGradientPenalty", "PenalizedLoss"])
+    @pytest.mark.parametrize("name", ["density_penalty", "InputGradientPenalty", "JacobianPenalty", "PenalizedLoss"])
     def test_refused(self, name: str) -> None:
         x, y = batch()
         in_place = mlp()

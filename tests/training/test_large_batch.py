@@ -32,6 +32,7 @@ from rds_fast.training import (
     train,
 )
 from rds_fast.training.devices import peak_memory_bytes
+from rds_fast.training.objectives import Objective
 from rds_fast.training.optimization import build_optimizer, learning_rate_schedule
 from rds_fast.training.state import TrainingState
 
@@ -203,7 +204,7 @@ def test_momentum_comes_back_in_the_weights_memory_format(tmp_path: Path) -> Non
     run = loop._Run(config, tmp_path, CPU, config.load_data(), quiet=True)
     run._train_step(*next(run.training.batches(run.order.batches(0, 1))))
     run.state.save(tmp_path / "c.safetensors")
-    fresh = TrainingState(config, CPU, 4)
+    fresh = TrainingState(config, CPU, 4, Objective(config, 1, 4))
     fresh.load(tmp_path / "c.safetensors")
     convolutions = [p for p in fresh.model.parameters() if p.dim() == 4 and p.shape[1] > 1]
     assert convolutions
@@ -229,7 +230,7 @@ def test_fused_and_plain_checkpoints_fit_both_ways(tmp_path: Path) -> None:
     # A plain run's checkpoint, optimiser and all, goes on fused.
     unfused = dataclasses.replace(config, fuse=False)
     train(unfused, tmp_path / "plain", quiet=True)
-    state = TrainingState(config, CPU, 4)
+    state = TrainingState(config, CPU, 4, Objective(config, 1, 4))
     state.load(tmp_path / "plain" / runs.CHECKPOINT)
     with torch.no_grad():
         expected = load_model(tmp_path / "plain")[0](x)

@@ -87,6 +87,26 @@ def test_density_penalty_smooths_the_density(digits: Splits, tmp_path: Path) -> 
         {"optimizer": "sgd", "weight_decay": 1e-4, "lr_schedule": "cosine", "lr_warmup_epochs": 0.5},
         {"lr_schedule": "step", "lr_milestones": (1,)},
         {"model": "cnn", "fast": False},
+        {"objective": "adversarial", "attack_steps": 2},
+        {"objective": "adversarial", "attack_norm": "l2", "attack_steps": 1, "attack_step_size": 0.5},
+        {"objective": "attribution", "path_steps": 2, "attack_steps": 1},
+        {"objective": "attribution", "attribution_size": "l2", "attribution_layer": "2", "path_steps": 2},
+        {"objective": "robust-attribution", "path_steps": 2, "attack_steps": 1, "attribution_size": "sum"},
+        {"objective": "robust-attribution", "weight": 0.1, "path_steps": 2, "attack_steps": 1, "epsilon": 0.05},
+        {"objective": "jacobian", "weight": 0.01, "projections": 2},
+        {"objective": "jacobian", "weight": 0.01, "projections": 0},
+        {"penalty_every": 3},
+        {"penalty_share": 0.3},
+        {"weight_schedule": "penalty-ratio", "weight_target": 0.2},
+        {"weight_schedule": "accuracy-budget", "weight_target": 0.5, "accumulate": 2},
+        {
+            "objective": "robust-attribution",
+            "path_steps": 2,
+            "attack_steps": 1,
+            "weight_schedule": "penalty-ratio",
+            "weight_target": 0.1,
+        },
+        {"steps": 9},
         {"amp": "bf16"},
         {"amp": "fp16"},
     ],
@@ -197,6 +217,82 @@ def test_a_finished_run_is_loaded_by_its_folder(splits: Splits, tmp_path: Path) 
         assert torch.equal(model(splits.test.images), result.model(splits.test.images))
     again = train(SMALL, tmp_path / "run", resume=True, quiet=True, splits=splits)
     assert again.metrics == result.metrics
+
+
+def test_a_run_of_so_many_steps(splits: Splits, tmp_path: Path) -> None:
+    """The last epoch is cut short: its row has the means over what there was of it, and the validation accuracy."""
+    result = train(dataclasses.replace(SMALL, steps=7, log_interval=1), tmp_path / "run", quiet=True, splits=splits)
+    assert [(row["step"], row["epoch"], row["kind"]) for row in result.metrics] == [
+        *((step, 1, "interval") for step in (1, 2, 3, 4)),
+        *((5, 1, "epoch"), (6, 2, "interval"), (7, 2, "epoch")),
+    ]
+    assert "validation_accuracy" in result.metrics[-1]
+    whole = train(dataclasses.replace(SMALL, log_interval=1), tmp_path / "whole", quiet=True, splits=splits)
+    assert result.metrics[-1]["total"] == whole.metrics[6]["total"]
+    again = train(result.config, tmp_path / "run", resume=True, quiet=True, splits=splits)
+    assert without_time(again.metrics) == without_time(result.metrics)
+
+
+def test_an_adaptive_weight_moves_and_is_logged(splits: Splits, tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, weight_schedule="accuracy-budget", weight_target=0.99, log_interval=1)
+    weights_ = [row["weight"] for row in train(config, tmp_path / "run", quiet=True, splits=splits).metrics]
+    assert 0.5 > weights_[0] > weights_[1]  # at first the accuracy is far below the target
+    assert weights_[1] < weights_[-2] < weights_[-1]  # in the end there is accuracy to spare
+
+
+def test_micro_batches_adapt_the_weight_once(splits: Splits, tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, weight_schedule="penalty-ratio", weight_target=0.5, log_interval=1, steps=4)
+    one = train(config, tmp_path / "one", quiet=True, splits=splits).metrics
+    two = train(dataclasses.replace(config, accumulate=2), tmp_path / "two", quiet=True, splits=splits).metrics
+    assert [row["weight"] for row in one] == pytest.approx([row["weight"] for row in two], rel=1e-4)
+
+
+def test_a_student_matches_its_teacher(splits: Splits, tmp_path: Path) -> None:
+    train(dataclasses.replace(SMALL, objective="cross-entropy"), tmp_path / "teacher", quiet=True, splits=splits)
+    config = dataclasses.replace(SMALL, objective="gradient-matching", teacher=str(tmp_path / "teacher"), epochs=4)
+    for of in ("cross_entropy", "target_logit", "log_density"):
+        penalties = []
+        for weight in (0.0, 50.0):
+            changed = dataclasses.replace(config, of=of, weight=weight)
+            penalties.append(
+                train(changed, tmp_path / f"{of}{weight}", quiet=True, splits=splits).metrics[-1]["penalty"]
+            )
+        assert 0 < penalties[1] < 0.8 * penalties[0]
+    with pytest.raises(ValueError, match=r"the teacher in .* is for images of \(1, 28, 28\) and 10 classes; the data"):
+        train(dataclasses.replace(config, data="synthetic", image_size=8), tmp_path / "other", quiet=True)
+    assert not (tmp_path / "other").exists()
+    absent = dataclasses.replace(config, teacher=str(tmp_path / "nothing"))
+    with pytest.raises(FileNotFoundError, match="nothing holds no run"):
+        train(absent, tmp_path / "other", quiet=True, splits=splits)
+
+
+def test_runs_of_before_they_described_their_data(splits: Splits, tmp_path: Path) -> None:
+    """Only the MNIST family was there then, and none of the settings since: the model loads, the run goes on."""
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(7, patch)
+        with pytest.raises(TrainingInterrupted):
+            train(SMALL, run, quiet=True, splits=splits)
+    content = json.loads((run / "config.json").read_text())
+    del content["data"], content["settings"]["objective"], content["settings"]["penalty_every"]
+    (run / "config.json").write_text(json.dumps(content))
+    resumed = train(SMALL, run, resume=True, quiet=True, splits=splits)
+    straight = train(SMALL, tmp_path / "straight", quiet=True, splits=splits)
+    assert same(weights(resumed), weights(straight))
+    assert same(list(load_model(run)[0].parameters()), weights(straight))
+
+
+def test_what_a_process_leaves_that_is_killed_while_it_begins(splits: Splits, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoint").mkdir(parents=True)
+    (run / ".config.json.123.tmp").write_text("{")
+    (run / "checkpoint" / ".last.safetensors.123.tmp").write_text("{")
+    train(SMALL, run, quiet=True, splits=splits)
+    assert not list(run.rglob("*.tmp"))
+    (tmp_path / "other" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "other" / "checkpoint" / "notes").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds files and no run"):
+        train(SMALL, tmp_path / "other", quiet=True, splits=splits)
 
 
 def test_an_existing_run_is_not_lost(splits: Splits, tmp_path: Path) -> None:

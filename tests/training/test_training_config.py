@@ -72,6 +72,23 @@ def test_defaults_are_those_of_the_demo() -> None:
         ("momentum", 1.0, "momentum is 1.0; it must be at least 0 and below 1"),
         ("lr_milestones", (3, 2), r"lr_milestones is \(3, 2\); it must hold epochs, 1 or more, in rising order"),
         ("weight_milestones", (0,), r"weight_milestones is \(0,\)"),
+        ("steps", 0, "steps is 0; it must be a whole number, 1 or more"),
+        ("epsilon", 0.0, "epsilon is 0.0; it must be above 0 and finite"),
+        ("attack_norm", "linfinity", "did you mean 'linf'"),
+        ("attack_steps", 0, "attack_steps is 0"),
+        ("attack_step_size", -1.0, "attack_step_size is -1.0; it must be above 0"),
+        ("path_steps", 2.5, "path_steps is 2.5"),
+        ("attribution_size", "L1", "attribution_size is 'L1'; did you mean 'l1'"),
+        ("projections", -1, "projections is -1; it must be a whole number, 0 or more"),
+        ("penalty_every", 0, "penalty_every is 0"),
+        ("penalty_share", 0.0, "penalty_share is 0.0; it must be above 0 and at most 1"),
+        ("penalty_share", True, "penalty_share is True"),
+        ("lr", "0.1", "lr is '0.1'; it must be above 0 and finite"),
+        ("epochs", True, "epochs is True"),
+        ("objective", "gradient-matching", "teacher is missing; give the folder of a finished run"),
+        ("of", "log_density", "of is 'log_density', which is for gradient-matching"),
+        ("weight_schedule", "penalty-ratio", "weight_schedule is 'penalty-ratio' and weight_target is None"),
+        ("weight_target", 0.5, "weight_schedule is 'constant' and weight_target is 0.5"),
         ("lr_schedule", "step", "lr_schedule is 'step' and lr_milestones is empty"),
         ("weight_schedule", "step", "weight_schedule is 'step' and weight_milestones is empty"),
         ("weight_schedule", "linear", "weight_schedule is 'linear' and weight_warmup_epochs is 0"),
@@ -113,12 +130,37 @@ def test_differences_leave_out_what_computes_the_same() -> None:
     assert TrainingConfig().differences(config) == {"lr": (1e-3, 0.1)}
 
 
+_STEPS = TrainingConfig(objective="cross-entropy", weight_schedule="step", weight_milestones=(1,))
+
+
 @pytest.mark.parametrize(
     ("config", "name", "reason"),
     [
         (TrainingConfig(objective="cross-entropy"), "weight", "the objective is cross-entropy, which has no penalty"),
-        (TrainingConfig(), "of", "it belongs to objective input-gradient, and objective is density"),
+        (
+            TrainingConfig(),
+            "of",
+            "it belongs to objective input-gradient or gradient-matching, and objective is density",
+        ),
         (TrainingConfig(objective="input-gradient"), "method", "it belongs to objective density"),
+        # What belongs to a setting that has no effect has none either.
+        (TrainingConfig(objective="jacobian", method="finite_difference"), "step_size", "to objective density"),
+        (TrainingConfig(objective="cross-entropy"), "weight_factor", "it belongs to weight_schedule step"),
+        (_STEPS, "weight_factor", "the objective is cross-entropy, which has no penalty"),
+        (TrainingConfig(objective="jacobian"), "p", "it belongs to objective input-gradient or density or gradient"),
+        (TrainingConfig(objective="adversarial"), "weight", "it belongs to objective .* and objective is adversarial"),
+        (TrainingConfig(objective="adversarial"), "attack_norm", None),
+        (TrainingConfig(objective="attribution"), "attack_norm", "it belongs to objective adversarial"),
+        (TrainingConfig(objective="attribution"), "attribution_layer", None),
+        (TrainingConfig(objective="attribution", attribution_size="sum"), "path_steps", "attribution_size is sum"),
+        (TrainingConfig(objective="robust-attribution"), "penalty_every", "it belongs to objective input-gradient"),
+        (TrainingConfig(objective="robust-attribution"), "weight", None),
+        (TrainingConfig(objective="gradient-matching", teacher="x"), "power", None),
+        (TrainingConfig(objective="gradient-matching", teacher="x"), "of", None),
+        (TrainingConfig(), "epsilon", "it belongs to objective adversarial or attribution or robust-attribution"),
+        (TrainingConfig(), "weight_target", "it belongs to weight_schedule penalty-ratio or accuracy-budget"),
+        (TrainingConfig(steps=10), "epochs", "steps is 10, which decides the length"),
+        (TrainingConfig(steps=10), "steps", None),
         (TrainingConfig(), "step_size", "it belongs to method finite_difference, and method is exact"),
         (TrainingConfig(), "momentum", "it belongs to optimizer sgd, and optimizer is adam"),
         (TrainingConfig(optimizer="sgd"), "momentum", None),
@@ -152,3 +194,10 @@ def test_differences_leave_out_what_computes_the_same() -> None:
 def test_settings_without_effect(config: TrainingConfig, name: str, reason: str | None) -> None:
     found = config.without_effect(name)
     assert found is None if reason is None else found is not None and re.search(reason, found)
+
+
+def test_an_accuracy_to_hold_is_one() -> None:
+    with pytest.raises(ValueError, match="weight_target is 90; an accuracy to hold is above 0 and below 1"):
+        TrainingConfig(weight_schedule="accuracy-budget", weight_target=90)
+    with pytest.raises(ValueError, match="weight is 0 and weight_schedule is 'penalty-ratio', which adapts it by fact"):
+        TrainingConfig(weight_schedule="penalty-ratio", weight_target=0.1, weight=0)

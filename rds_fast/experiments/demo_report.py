@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..evaluation import page, pictures, report
+from ..evaluation.comparison import Comparison
 from ..training import data
-from . import page, pictures, report
-from .comparison import Comparison
-from .sweep import BASELINE, MARGIN, OBJECTIVES, average
+from .sweep import candidates
 
 _TITLE = "What a penalty on the input gradient does"
 _LEAD = """Four classifiers learn to read handwritten digits from images of two blocks: one holds the digit, the other
@@ -43,20 +43,20 @@ def render(
 
 
 def _choice(record: Mapping[str, Any]) -> str:
-    trials, weights, seeds = record["trials"], record["weights"], record["seeds"]
-    baseline = average(trials, BASELINE, 0.0, seeds)
-    titles = {name: OBJECTIVES[name].title for name in record["choices"]}
-    candidates = {
-        title: [(c.weight, c.accuracy, c.linf_accuracy) for c in (average(trials, name, w, seeds) for w in weights)]
-        for name, title in titles.items()
+    selection, titles = record["selection"], {name: v["title"] for name, v in record["variants"].items()}
+    found = {name: candidates(record, name) for name in record["choices"]}
+    (baseline,) = found.pop(selection["baseline"])
+    shown = {
+        titles[name]: [(c.settings["weight"], c.accuracy, c.measure) for c in each] for name, each in found.items()
     }
-    chosen = {titles[name]: choice["weight"] for name, choice in record["choices"].items()}
+    chosen = {titles[name]: record["choices"][name]["settings"]["weight"] for name in found}
+    weights = dict.fromkeys(weight for each in shown.values() for weight, _, _ in each)
     caption = (
         f"Every penalty had the same {len(weights)} candidates, {', '.join(f'{weight:g}' for weight in weights)}, and "
-        f"one rule: {record['rule']}. Seeds: {', '.join(map(str, seeds))}. The test split had no part in it."
+        f"one rule: {record['rule']}. Seeds: {', '.join(map(str, record['seeds']))}. The test split had no part in it."
     )
-    baseline_point = (baseline.accuracy, baseline.linf_accuracy)
-    picture = pictures.weight_choice(candidates, chosen, baseline_point, MARGIN)
+    baseline_point = (baseline.accuracy, baseline.measure)
+    picture = pictures.weight_choice(shown, chosen, baseline_point, selection["margin"])
     return page.captioned(picture, caption) + page.note(" ".join(_flags(record, titles)))
 
 

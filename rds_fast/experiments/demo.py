@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..evaluation.evaluate import evaluate_run
+from ..evaluation.results import Evaluation
+from ..evaluation.settings import EvaluationSettings
 from ..training import data, runs
 from ..training.config import TrainingConfig
 from ..training.devices import cpu_threads, resolve_device
 from ..training.loop import train
-from .evaluate import evaluate_run
-from .results import Evaluation
-from .settings import EvaluationSettings
-from .sweep import BASELINE, OBJECTIVES, SWEEP, candidate_config
+from . import sweep as sweeps
+from .sweep import SWEEP
 
-SHOWN = (BASELINE, "target-logit", "input-gradient", "density")
+BASELINE = "cross-entropy"
+SHOWN = (BASELINE, "target-logit", "input-gradient", "density")  # variants of the recipe block-mnist
 WEIGHTS_FILE = "demo_weights.json"
 
 
@@ -31,10 +33,10 @@ class Trained(NamedTuple):
     seconds: float  # that training took
 
 
-def label(name: str, models: Sequence[Trained]) -> str:
-    """What a table calls the models of an objective."""
-    title = OBJECTIVES[name].title
-    return title if name == BASELINE else f"{title}, λ = {models[0].config.weight:g}"
+def label(record: Mapping[str, Any], name: str) -> str:
+    """What a table calls the models of a variant."""
+    title, settings = record["variants"][name]["title"], record["choices"][name]["settings"]
+    return f"{title}, λ = {settings['weight']:g}" if "weight" in settings else str(title)
 
 
 def chosen_weights(path: Path | None = None) -> dict[str, Any]:
@@ -44,23 +46,19 @@ def chosen_weights(path: Path | None = None) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not the record of a finished sweep over the demonstration's penalties.
+        ValueError: it is not the record of a finished sweep over the demonstration's variants.
     """
     if path is not None and path.is_dir():
         path = path / SWEEP
     if path is not None and not path.is_file():
         raise FileNotFoundError(f"there is no {path}; expected the {SWEEP} that 'rds-fast sweep' writes")
     content = path.read_text() if path else resources.files(__package__).joinpath(WEIGHTS_FILE).read_text()
-    shown = path or WEIGHTS_FILE
-    try:
-        record = json.loads(content)
-        missing = [part for part in ("training", "trials", "weights", "seeds", "command") if part not in record]
-        missing += [name for name in SHOWN if name != BASELINE and name not in record.get("choices", {})]
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
-        raise ValueError(f"{shown} is no record of a sweep ({error!r}); run 'rds-fast sweep' again") from error
+    shown = str(path or WEIGHTS_FILE)
+    record = sweeps.parse(content, shown)
+    missing = [name for name in SHOWN if name not in record["choices"]]
     if missing:
         raise ValueError(
-            f"{shown} holds nothing for {', '.join(missing)}; let 'rds-fast sweep' finish with all penalties"
+            f"{shown} holds nothing for {', '.join(missing)}; let 'rds-fast sweep' finish with all variants"
         )
     return record
 
@@ -92,7 +90,8 @@ def demo(
         The models, one a seed, by the names of ``SHOWN``.
     """
     changes = {"device": device, "threads": threads} | ({} if epochs is None else {"epochs": epochs})
-    base = TrainingConfig.from_settings({**record["training"], **changes})
+    configs = {name: _config(record, name, changes) for name in SHOWN}
+    base = configs[BASELINE]
     resolve_device(base.device)  # what is wrong is to fail before anything is loaded or replaced
     if not base.data.startswith("block-"):
         raise ValueError(
@@ -101,18 +100,23 @@ def demo(
     splits = base.load_data()
     models: dict[str, list[Trained]] = {}
     for name in SHOWN:
-        weight = None if name == BASELINE else float(record["choices"][name]["weight"])
         for seed in seeds:
             started = time.perf_counter()
-            config = candidate_config(base, name, weight, seed)
+            config = dataclasses.replace(configs[name], seed=seed)
             trained = _train(Path(out) / f"{name}-seed{seed}", config, settings, splits)
             models.setdefault(name, []).append(trained)
             spent = time.perf_counter() - started
             report(
-                f"{label(name, models[name])}, seed {seed}: {trained.seconds:.1f} s of training, "
+                f"{label(record, name)}, seed {seed}: {trained.seconds:.1f} s of training, "
                 f"{spent - trained.seconds:.1f} s of validation, checkpoints and evaluation"
             )
     return models
+
+
+def _config(record: Mapping[str, Any], name: str, changes: Mapping[str, Any]) -> TrainingConfig:
+    """The settings with which the sweep trained what it chose for a variant."""
+    chosen = {**record["variants"][name]["settings"], **record["choices"][name]["settings"]}
+    return TrainingConfig.from_settings({**record["training"], **chosen, **changes})
 
 
 def _train(run_dir: Path, config: TrainingConfig, settings: EvaluationSettings, splits: data.Splits) -> Trained:

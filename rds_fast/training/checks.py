@@ -1,0 +1,140 @@
+"""What the settings of a run have to be. The messages name the setting, its value and what it may be."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from . import data as data_sets
+from .objective_settings import ADAPTIVE
+
+if TYPE_CHECKING:
+    from .config import TrainingConfig
+
+_COUNTS = (
+    *("image_size", "classes", "train_size", "cutout", "epochs", "steps", "batch_size", "accumulate"),
+    *("attack_steps", "path_steps", "attack_path_steps", "penalty_every"),
+    *("threads", "log_interval", "checkpoint_interval"),
+)
+_FROM_ZERO = ("workers", "projections")
+_SEEDS = ("seed", "data_seed")
+_POSITIVE = (
+    *("lr", "power", "step_size", "lr_factor", "weight_factor"),
+    *("epsilon", "attack_step_size", "weight_target"),
+)
+_NOT_NEGATIVE = ("weight", "weight_decay", "weight_warmup_epochs", "lr_warmup_epochs")
+
+
+def check_numbers(config: TrainingConfig) -> None:
+    """Each number by itself.
+
+    Raises:
+        ValueError: one is out of range, or of the wrong type.
+    """
+    for names, least in ((_COUNTS, 1), (_FROM_ZERO, 0)):
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not (_is_whole(value) and value >= least):
+                raise ValueError(f"{name} is {value!r}; it must be a whole number, {least} or more")
+    for name in _SEEDS:
+        value = getattr(config, name)
+        if not (_is_whole(value) and 0 <= value < 2**63):
+            raise ValueError(f"{name} is {value!r}; it must be a whole number from 0 to 2**63 - 1")
+    for name in _POSITIVE:
+        value = getattr(config, name)
+        if value is not None and not (_is_finite(value) and value > 0):
+            raise ValueError(f"{name} is {value!r}; it must be above 0 and finite")
+    for name in _NOT_NEGATIVE:
+        value = getattr(config, name)
+        if not (_is_finite(value) and value >= 0):
+            raise ValueError(f"{name} is {value!r}; it must be 0 or more and finite")
+    _check_intervals(config)
+    for name in ("lr_milestones", "weight_milestones"):
+        epochs = getattr(config, name)
+        if any(not _is_whole(epoch) or epoch < 1 for epoch in epochs) or list(epochs) != sorted(set(epochs)):
+            raise ValueError(f"{name} is {epochs}; it must hold epochs, 1 or more, in rising order")
+
+
+def _check_intervals(config: TrainingConfig) -> None:
+    if not (_is_number(config.p) and config.p >= 1):
+        raise ValueError(f"p is {config.p!r}; it must be from 1 to infinity")
+    if not (_is_number(config.label_smoothing) and 0 <= config.label_smoothing <= 1):
+        raise ValueError(f"label_smoothing is {config.label_smoothing!r}; it must be from 0 to 1")
+    if not (_is_number(config.momentum) and 0 <= config.momentum < 1):
+        raise ValueError(f"momentum is {config.momentum!r}; it must be at least 0 and below 1")
+    if not (_is_number(config.penalty_share) and 0 < config.penalty_share <= 1):
+        raise ValueError(f"penalty_share is {config.penalty_share!r}; it must be above 0 and at most 1")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_together(config: TrainingConfig) -> None:
+    """What some values ask of others.
+
+    Raises:
+        ValueError: two values exclude each other, or one asks for another that is missing.
+    """
+    if config.batch_size % config.accumulate:
+        raise ValueError(
+            f"batch_size is {config.batch_size} and accumulate is {config.accumulate}, which does not divide it; a "
+            "step takes batch_size samples in accumulate micro-batches of one size"
+        )
+    if config.nesterov and config.momentum == 0:
+        raise ValueError("nesterov is given and momentum is 0; it needs a momentum above 0")
+    data_sets.check_root(config.data, config.data_root)
+    _check_augmentation(config)
+    if config.objective == "gradient-matching" and config.teacher is None:
+        raise ValueError("objective is 'gradient-matching' and teacher is missing; give the folder of a finished run")
+    if config.objective != "gradient-matching" and config.of == "log_density":
+        raise ValueError(
+            "of is 'log_density', which is for gradient-matching; its input gradient's norm is objective 'density'"
+        )
+    _check_schedules(config)
+
+
+def _check_augmentation(config: TrainingConfig) -> None:
+    known, augment = data_sets.DATA_SETS[config.data], config.augment
+    if augment == "resized-crop-flip" and not known.from_files:
+        raise ValueError(
+            f"augment is {augment!r} and the images of {config.data} have one size; use 'crop' or 'crop-flip'"
+        )
+    if "flip" in augment and not known.mirrored:
+        raise ValueError(
+            f"augment is {augment!r}, which mirrors images, and a {config.data} image in a mirror is another sign or "
+            f"none; use {augment.replace('-flip', '')!r}"
+        )
+
+
+def _check_schedules(config: TrainingConfig) -> None:
+    for value in ("lr", "weight"):
+        if getattr(config, f"{value}_schedule") == "step" and not getattr(config, f"{value}_milestones"):
+            raise ValueError(
+                f"{value}_schedule is 'step' and {value}_milestones is empty; give the epochs of the steps"
+            )
+    if (config.weight_schedule in ("linear", "cosine")) != (config.weight_warmup_epochs > 0):
+        raise ValueError(
+            f"weight_schedule is {config.weight_schedule!r} and weight_warmup_epochs is {config.weight_warmup_epochs}; "
+            "'linear' and 'cosine' need the epochs they take, and nothing else does"
+        )
+    adapts = config.weight_schedule in ADAPTIVE
+    if adapts != (config.weight_target is not None):
+        raise ValueError(
+            f"weight_schedule is {config.weight_schedule!r} and weight_target is {config.weight_target}; "
+            "'penalty-ratio' and 'accuracy-budget' need the target they hold, and nothing else does"
+        )
+    if config.weight_schedule == "accuracy-budget" and not 0 < (config.weight_target or 0) < 1:
+        raise ValueError(f"weight_target is {config.weight_target}; an accuracy to hold is above 0 and below 1")
+    if adapts and config.weight == 0:
+        raise ValueError(
+            f"weight is 0 and weight_schedule is {config.weight_schedule!r}, which adapts it by factors; begin above 0"
+        )
