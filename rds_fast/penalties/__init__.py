@@ -1,1 +1,1 @@
-"""Penalties on input gradients and attributions, the loss that adds one to the cross-entropy, and adversarial losses."""
+"""Penalties on input gradients and attributions, the loss that adds one to the cross-entropy, adversarial losses."""

@@ -175,8 +175,8 @@ class RobustAttributionLoss(_Regularisation):
     other buffers) x' has a forward of its own, normalised by the batch of x' alone, and that forward alone updates
     running statistics.
 
-    Cost, in the units there: 6m + 4s m', so 580 F at the defaults; 3 + 2s more where x' has a forward of its own. At
-    weight 0 the attack is adversarial training's, 2 F a step.
+    Cost, in the units there: 6m + 4s m', so 580 F at the defaults; 3 + 2s more where x' has a forward of its own. For
+    ``size="sum"`` it is 6 + 3s. At weight 0 the attack is adversarial training's, 2 F a step.
 
     Source: Chen et al., NeurIPS 2019, who sum over the batch where this is the mean.
 

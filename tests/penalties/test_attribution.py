@@ -348,6 +348,7 @@ def test_the_cost_is_the_one_stated(training: bool) -> None:
         AttributionPenalty(EPSILON, **settings): 6 * 6 + 4 * 3 * 2,
         AttributionPenalty(EPSILON, **settings, size="sum"): 6 + 2 * 3,
         RobustAttributionLoss(0.5, EPSILON, **settings): 6 * 6 + 4 * 3 * 2 + (3 + 2 * 3 if training else 0),
+        RobustAttributionLoss(0.5, EPSILON, **settings, size="sum"): 6 + 3 * 3,
         AdversarialLoss(EPSILON, steps=3): 3 + 2 * 3,
     }
     for loss, cost in expected.items():
