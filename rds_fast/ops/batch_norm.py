@@ -133,12 +133,15 @@ class BatchNorm(Function):
         backend: str,
     ) -> tuple[Tensor, ...]:
         if training:
-            y, mean, var = _forward(x, weight, bias, residual, running_mean, running_var, momentum, eps, relu, backend)
+            # .data: as in PyTorch, no version counter tells of the update. Graphs that PyTorch's own batch norm made
+            # before hold these tensors, unread, and would raise.
+            running = [None if t is None else t.data for t in (running_mean, running_var)]
+            y, mean, var = _forward(x, weight, bias, residual, *running, momentum, eps, relu, backend)
         else:
             assert running_mean is not None  # the public function saw to it
             assert running_var is not None
             y = _inference(x, running_mean, running_var, weight, bias, residual, eps, relu, backend)
-            mean, var = running_mean.detach(), running_var.detach()
+            mean, var = running_mean.clone(), running_var.clone()  # a later step in train mode may update them
         return y, y.detach(), x.detach(), mean, var
 
     @staticmethod

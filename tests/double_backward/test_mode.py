@@ -226,6 +226,32 @@ class ConvolutionBackwards(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize(("training", "fast"), [(True, False), (True, True), (False, True)])
+def test_a_forward_in_train_mode_between_another_and_its_backward(training: bool, fast: bool) -> None:
+    """A discriminator sees generated images, then real ones in the mode, and both have one backward."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)).double()
+    generated, real = torch.randn(2, 6, 4, dtype=torch.float64)
+
+    def losses(discriminator: nn.Module, fast: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+        with fast_double_backward() if fast[0] else nullcontext():
+            first = discriminator.train(training)(generated).sin().sum()
+        with fast_double_backward() if fast[1] else nullcontext():
+            second = loss_of(discriminator.train(), real.clone().requires_grad_())
+        assert is_fast(second) == fast[1]
+        return first, second
+
+    # Each alone: in eval mode PyTorch's own first backward would read the statistics as the second forward left them.
+    alone = copy.deepcopy(model)
+    losses(alone, (False, False))[1].backward()
+    first = copy.deepcopy(model).train(training)
+    first(generated).sin().sum().backward()
+    expected = [p.grad + q.grad for p, q in zip(alone.parameters(), first.parameters(), strict=True)]
+    tested = copy.deepcopy(model)
+    sum(losses(tested, (fast, True))).backward()
+    torch.testing.assert_close([p.grad for p in tested.parameters()], expected)
+    torch.testing.assert_close(list(tested.buffers()), list(alone.buffers()))
+
+
 def test_no_weight_gradient_in_the_inner_pass_of_a_resnet() -> None:
     torch.manual_seed(0)
     model = torchvision_models().resnet18(num_classes=5)
