@@ -20,11 +20,11 @@ help:
 $(VENV)/.dependencies: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'rds_fast needs Python 3.11 or later; name one: make PYTHON=/path/to/python3.11'; exit 1; }
-	@echo 'Setting up $(VENV): PyTorch and the libraries of the extras triton, train, test and lint (some minutes once).'
+	@echo 'Setting up $(VENV): PyTorch and the libraries of the extras triton, train, attacks, test and lint (some minutes once).'
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy setuptools wheel cmake ninja pybind11
 	@RDS_FAST_NATIVE=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation \
-	  -e '.[triton,train,test,lint]'
+	  -e '.[triton,train,attacks,test,lint]'
 	@touch $@
 
 $(VENV)/.native: $(VENV)/.dependencies $(NATIVE_SOURCES)

@@ -25,7 +25,8 @@ def measure(model: nn.Module, split: data.Split, settings: EvaluationSettings) -
     The attributions are integrated gradients of the true class's logit from a black image, as |values| summed over
     channels; the attack is ``attribution_attack``. As in the evaluation code of Chen et al. (2019), samples that the
     model classifies wrongly are left out, and the figures are means over the others of one draw of
-    ``attribution_limit`` samples, the same for every model. None where no figure of a sample is defined.
+    ``attribution_limit`` samples, the same for every model. None where no figure of a sample is defined. That code is
+    ``attribution_keep="kendall"``, ``attribution_softplus=1`` and ``attack_path_steps=100``, with one restart.
 
     Raises:
         ValueError: ``attribution_k`` is more than an image has pixels.
@@ -65,6 +66,7 @@ def _compare(
         path_steps=settings.path_steps,
         attack_path_steps=settings.attack_path_steps,
         keep=settings.attribution_keep,
+        softplus=settings.attribution_softplus,
         generator=generator,
     )
     before, after = (_scores(model, images, y, settings) for images in (x, moved))

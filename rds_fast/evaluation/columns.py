@@ -158,6 +158,14 @@ def _known(settings: EvaluationSettings) -> tuple[Column, ...]:
             f"The same in the ball of Euclidean length; {few}.",
         ),
         Column(
+            "square_accuracy",
+            GENERAL,
+            f"Square {linf}",
+            True,
+            1,
+            "The same under a random search that sees no gradient; on fewer samples.",
+        ),
+        Column(
             "masked",
             SANITY,
             "masked",
@@ -242,19 +250,19 @@ def _known(settings: EvaluationSettings) -> tuple[Column, ...]:
 
 
 def _along_gradients(settings: EvaluationSettings) -> list[Column]:
-    """Of the samples moved along and against a gradient of their own, both ways up to the L2 radius."""
+    """Of samples moved along and against a gradient of their own."""
     return [
         Column(
             f"{name}_perturbation_{way}_auc",
-            DENSITY,
-            f"{followed} {way}",
+            ATTRIBUTIONS,
+            f"accuracy along {sign}∇ {followed}",
             False,
-            0,
-            f"Area under the accuracy as each sample moves by up to {settings.l2_epsilon:g} {along} its gradient of "
-            f"the {followed}.",
+            1 if (name, way) == ("input", "down") else 0,
+            f"Area under the accuracy as each sample moves along {sign}∇ {followed} by a Euclidean length of 0 to "
+            f"{settings.l2_epsilon:g}: at most {settings.l2_epsilon:g}.",
         )
-        for name, followed in (("input", "target logit"), ("density", "log density"))
-        for way, along in (("down", "against"), ("up", "along"))
+        for name, followed in (("input", "f_y"), ("density", "log p"))
+        for way, sign in (("down", "−"), ("up", "+"))
     ]
 
 

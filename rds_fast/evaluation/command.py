@@ -21,8 +21,6 @@ from .evaluate import evaluate_run
 from .metrics import METRICS
 from .settings import ALL, FIELDS, EvaluationSettings
 
-PAGE = "evaluation.html"
-
 
 def _option(name: str) -> inspect.Parameter:
     """A setting as an option whose default None says that it was not given; of several values with commas between."""
@@ -73,7 +71,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
     *,
     split: Annotated[str, typer.Option(help="test, or validation while anything is still to be chosen.")] = "test",
-    page: Annotated[bool, typer.Option("--page/--no-page", help=f"Write {PAGE} as well.")] = True,
+    page: Annotated[bool, typer.Option("--page/--no-page", help=f"Write {runs.EVALUATION_PAGE} as well.")] = True,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.")] = None,
     **options: Any,
@@ -94,8 +92,8 @@ def evaluate(
         if page:
             lead = report.lead_of(found)
             content = report.render(found, title=run.name, lead=lead, splits=splits, commands=[command_line()])
-            write_atomically(run / PAGE, content.encode())
-            print(f"report: {(run / PAGE).resolve()}")
+            write_atomically(run / runs.EVALUATION_PAGE, content.encode())
+            print(f"report: {(run / runs.EVALUATION_PAGE).resolve()}")
 
 
 def compare(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..training import data
+from ..training.extras import missing
 from . import (
     accuracy,
     attribution_robustness,
@@ -50,12 +51,13 @@ def _no_groups(split: data.Split, settings: EvaluationSettings) -> str | None:
 
 
 def _no_other_data(split: data.Split, settings: EvaluationSettings) -> str | None:
-    return None if settings.ood_data else "no other data are named in ood_data"
+    return None if settings.ood_data else "ood_data names no other data"
 
 
 def _no_autoattack(split: data.Split, settings: EvaluationSettings) -> str | None:
-    found = importlib.util.find_spec("pyautoattack")
-    return "pyautoattack is not installed" if found is None else None
+    if importlib.util.find_spec(auto_attack.PACKAGE) is None:
+        return str(missing(auto_attack.PACKAGE, "AutoAttack"))
+    return None
 
 
 class Metric(NamedTuple):
@@ -64,11 +66,13 @@ class Metric(NamedTuple):
     Attributes:
         measure: of a model in eval mode and a split on its device.
         unasked: it is cheap, and measured where no metric is named.
+        asked_by: a setting that is there for it alone: where no metric is named, it asks for this one if it is given.
         obstacle: why it cannot be measured on a split with some settings; None if it can.
     """
 
     measure: Measure
     unasked: bool = True
+    asked_by: str | None = None
     obstacle: Obstacle = _nothing
 
 
@@ -76,7 +80,7 @@ METRICS: dict[str, Metric] = {
     "accuracy": Metric(accuracy.measure),
     "calibration": Metric(calibration.measure),
     "groups": Metric(groups.measure, obstacle=_no_groups),
-    "spuriosity": Metric(spuriosity.measure, unasked=False, obstacle=_no_spuriosity),
+    "spuriosity": Metric(spuriosity.measure, unasked=False, asked_by="spuriosity", obstacle=_no_spuriosity),
     "pgd": Metric(robust_accuracy.measure),
     "autoattack": Metric(auto_attack.measure, unasked=False, obstacle=_no_autoattack),
     "sanity": Metric(sanity.measure, unasked=False),
@@ -85,8 +89,14 @@ METRICS: dict[str, Metric] = {
     "attribution": Metric(attribution_robustness.measure, unasked=False),
     "pixel_perturbation": Metric(pixel_perturbation.measure, unasked=False),
     "gradient_perturbation": Metric(gradient_perturbation.measure, unasked=False),
-    "out_of_distribution": Metric(out_of_distribution.measure, unasked=False, obstacle=_no_other_data),
+    "out_of_distribution": Metric(
+        out_of_distribution.measure, unasked=False, asked_by="ood_data", obstacle=_no_other_data
+    ),
 }
+
+
+def _asked_by_settings(settings: EvaluationSettings) -> set[str]:
+    return {name for name, metric in METRICS.items() if metric.asked_by and getattr(settings, metric.asked_by)}
 
 
 def chosen(split: data.Split, settings: EvaluationSettings) -> tuple[dict[str, Metric], tuple[str, ...]]:
@@ -95,7 +105,7 @@ def chosen(split: data.Split, settings: EvaluationSettings) -> tuple[dict[str, M
     Raises:
         ValueError: a metric that was asked for by its name cannot be measured; the message says why.
     """
-    named = set(settings.metrics) - {ALL}
+    named = set(settings.metrics) - {ALL} if settings.metrics else _asked_by_settings(settings)
     metrics, notes = {}, []
     for name, metric in METRICS.items():
         if name not in named and ALL not in settings.metrics and (settings.metrics or not metric.unasked):

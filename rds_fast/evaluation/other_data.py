@@ -18,12 +18,14 @@ def parse_source(source: str) -> tuple[str, str | None]:
     """The name and the folder, if any, of ``"NAME"`` or ``"NAME=FOLDER"``.
 
     Raises:
-        ValueError: the name is neither a data set's nor one of ``NOISE``.
+        ValueError: the name is neither a data set's nor one of ``NOISE``, or a folder is needed and missing.
     """
     name, _, folder = source.partition("=")
     check_name("a data set of ood_data", name, (*data.NAMES, *NOISE))
     if folder and name in NOISE:
         raise ValueError(f"ood_data holds {source!r}; {name} is made here and has no folder: give {name!r}")
+    if name not in NOISE and not folder and data.DATA_SETS[name].needs_root:
+        raise ValueError(f"ood_data holds {source!r} and no folder of its files; give '{name}=FOLDER'")
     return name, folder or None
 
 

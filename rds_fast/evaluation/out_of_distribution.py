@@ -1,6 +1,6 @@
 """Out-of-distribution detection: does the model's density tell its own data from others?
 
-Three scores that ought to be higher in distribution (Grathwohl et al. 2020, section 5.3), l the log-sum-exp of the
+Three scores that ought to be higher in distribution (Grathwohl et al. 2020), l the log-sum-exp of the
 logits f and s their softmax:
 
     log_density     log p(x) = l(x), up to a constant
@@ -65,8 +65,6 @@ def measure(model: nn.Module, split: data.Split, settings: EvaluationSettings) -
     what ``other_data.load_like`` makes of them: as many samples, resized to the split's shape.
     """
     results = Results()
-    if not settings.ood_data:
-        return Results(notes=("No data set is named in ood_data, so out-of-distribution detection is not measured.",))
     inside = _scores(model, split, settings)
     for source in settings.ood_data:
         outside = _scores(model, load_like(source, split, settings.batch_size, settings.seed), settings)

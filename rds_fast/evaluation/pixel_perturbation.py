@@ -58,7 +58,9 @@ def remove_pixels(x: Tensor, scores: Tensor, ratio: float, *, order: str = "most
     Raises:
         ValueError: the scores do not fit x, the ratio is out of range, or the order is unknown.
     """
-    pixels = x[:, 0].numel() // max(1, len(x)) if x.dim() > 2 else x.shape[1]
+    if x.dim() < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (N, C, ...) or (N, D)")
+    pixels = x.shape[2:].numel() if x.dim() > 2 else x.shape[1]
     if scores.shape != (len(x), pixels):
         raise ValueError(f"the scores have shape {tuple(scores.shape)}; x has {len(x)} samples of {pixels} pixels")
     if not 0 <= ratio <= 1:

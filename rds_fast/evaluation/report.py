@@ -49,10 +49,10 @@ def render(
     sections = [
         page.section("The figures", _figures(comparison, colours, duel)),
         page.section("Curves", _curves(comparison, colours)),
-        page.section("Tables", _tables(comparison)),
         page.section("Where the models look", attribution_maps(comparison, colours, splits)),
         page.section("How they were trained", _training_curves(comparison, colours)),
         *extra,
+        page.section("Tables", _tables(comparison)),
         page.section("Settings, runs, versions", _settings(comparison, commands)),
     ]
     return page.page(title, lead, sections)
@@ -186,15 +186,14 @@ def _histories(group: Group, name: str, unit: str, factor: float) -> list[Curve]
 
 
 def _tables(comparison: Comparison) -> str:
-    """Every table of every run, the first run's in sight."""
-    parts = []
+    """Every table, each with the rows of all runs."""
+    rows: dict[str, list[dict[str, Any]]] = {}
     for group in comparison.groups:
         for run in group.runs:
-            for name, rows in run.record.evaluation.tables.items():
-                seed = f", seed {run.record.training.seed}" if len(group.runs) > 1 else ""
-                heading = f"{name.replace('_', ' ')}: {group.title}{seed}"
-                parts.append(page.folded(heading, page.plain_table(rows), unfolded=len(comparison.runs) == 1))
-    return "".join(parts)
+            whose = {"model": group.title, "seed": run.record.training.seed} if len(comparison.runs) > 1 else {}
+            for name, found in run.record.evaluation.tables.items():
+                rows.setdefault(name, []).extend({**whose, **row} for row in found)
+    return "".join(page.folded(name.replace("_", " "), page.plain_table(found)) for name, found in rows.items())
 
 
 def _settings(comparison: Comparison, commands: Sequence[str]) -> str:

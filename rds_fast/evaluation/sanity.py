@@ -1,7 +1,7 @@
 """Whether the accuracy under attack can be believed, or only the gradients are hidden (Athalye et al. 2018).
 
 An attack that finds nothing may mean a robust model, or gradients that lead nowhere: those of saturated, rounded,
-shattered or random outputs. The latter betray themselves (Carlini et al. 2019, section 5). With A(ε) the accuracy
+shattered or random outputs. The latter betray themselves (Carlini et al. 2019). With A(ε) the accuracy
 under L∞ PGD of radius ε,
 
     unmoved          at ε = 0 every sample is classified as it is without an attack;
@@ -108,21 +108,16 @@ def checks(observed: Observations) -> list[Check]:
 def measure(model: nn.Module, split: data.Split, settings: EvaluationSettings) -> Results:
     """``masked``: 1 if any of the checks above fails on ``strong_limit`` samples, else 0; a note on each that does.
 
-    Also ``sanity_pgd_accuracy`` and ``sanity_square_accuracy`` at the L∞ radius of the settings, and
-    ``sanity_whole_range_accuracy``, A(1); the curves of accuracy against the radius and against the steps; and the
-    checks as a table. ``masked`` is None where no sample is classified rightly, so that there is nothing to attack.
+    Also ``square_accuracy``, under the Square attack at the L∞ radius of the settings; the curves of accuracy against
+    the radius and against the steps; and the checks as a table. ``masked`` is None where no sample is classified
+    rightly, so that there is nothing to attack.
     """
     observed = observe(model, drawn(split, settings.strong_limit, settings.seed), settings)
     if not bool(observed.natural.any()):
         return Results({"masked": None}, notes=("No sample is classified rightly: there is nothing to attack.",))
     judged = checks(observed)
     failed = [check for check in judged if not check.passed]
-    scalars: dict[str, float | None] = {
-        "masked": float(bool(failed)),
-        "sanity_pgd_accuracy": _share(observed.after_steps[max(observed.after_steps)]),
-        "sanity_square_accuracy": _share(observed.square),
-        "sanity_whole_range_accuracy": _share(observed.at_radius[WHOLE_RANGE]),
-    }
+    scalars: dict[str, float | None] = {"masked": float(bool(failed)), "square_accuracy": _share(observed.square)}
     curves = {
         "sanity_radius": _curve("L∞ radius ε", observed.at_radius),
         "sanity_steps": _curve(f"steps of PGD at ε = {settings.linf_epsilon:g}", observed.after_steps),
@@ -190,7 +185,7 @@ def robust_to_square(
 def lacks_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """(N,), bool: the input gradient of the sample's cross-entropy is zero in every value."""
     with torch.inference_mode(False), torch.enable_grad():
-        x = x.detach().clone().requires_grad_()
+        x, y = x.detach().clone().requires_grad_(), y.clone()  # inference tensors allow no autograd
         logits = detached(model)(x)
         loss = cross_entropy(logits.to(accumulation_dtype(logits.dtype)), y, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, x)

@@ -91,6 +91,12 @@ class EvaluationSettings:
         "The iterate that the attribution attack keeps: of the least top-k intersection or Kendall's tau.",
         names=("top_k", "kendall"),
     )
+    attribution_softplus: float = _setting(
+        20.0,
+        "Attributions",
+        "The attribution attack follows the gradient of the network with softplus of this sharpness for ReLU.",
+        above=0,
+    )
     path_steps: int = _setting(100, "Attributions", "Points of the path of integrated gradients.", least=1)
     attack_path_steps: int = _setting(10, "Attributions", "The same inside the attribution attack.", least=1)
     perturbation_attribution: str = _setting(

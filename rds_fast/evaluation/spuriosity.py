@@ -99,6 +99,6 @@ def _notes(absent: int, k: int) -> tuple[str, ...]:
     if not absent:
         return ()
     return (
-        f"Left out of the spurious gap: {absent} classes of fewer than {2 * k} samples, which have no {k} most spurious "
-        f"and {k} others that are least.",
+        f"Left out of the spurious gap: {absent} classes of fewer than {2 * k} samples. They have no {k} most spurious "
+        f"and {k} other ones.",
     )

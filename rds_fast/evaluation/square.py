@@ -12,7 +12,7 @@ from ..attacks.pgd import detached
 from ..reference import accumulation_dtype
 
 # The share of the pixels that a square covers is this at first and halved after each of these shares of the queries
-# (Andriushchenko et al. 2020, section 3.1 and the settings of their code for 10,000 queries).
+# (the schedule of Andriushchenko et al. 2020, there for 10,000 queries).
 _FIRST_SHARE = 0.8
 _HALVED_AFTER = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
@@ -28,12 +28,14 @@ def square_attack(
     bounds: tuple[float, float] = (0.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Adversarial inputs in the L∞ ball without gradients (Andriushchenko et al. 2020, algorithms 1 and 2).
+    """Adversarial inputs in the L∞ ball without gradients (Andriushchenko et al. 2020).
 
     Every x' is a corner of the ball within the bounds: each value is the largest or the smallest allowed. It begins
     as vertical stripes, drawn for each column and channel. Each query paints one square, of a random place and a
     random side of the ball for each channel, and keeps it where it lowers the margin f_y − max_{i≠y} fᵢ; the squares
     shrink as the queries go. A sample is left alone once its margin is negative.
+
+    The authors' code never paints the last row and column of an image; this does, and breaks more for it.
 
     What the logits' scale, a vanishing gradient or a step function hide from gradients, they do not hide from this.
 

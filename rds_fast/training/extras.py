@@ -27,11 +27,15 @@ def require(module: str, purpose: str) -> ModuleType:
         raise missing(error.name or module, purpose) from error
 
 
+_EXTRAS = {"pyautoattack": "attacks"}  # which extra brings a package, where it is not train
+
+
 def missing(package: str, purpose: str) -> ImportError:
     """The error for a package that is not installed."""
     package = package.partition(".")[0]
+    extra = _EXTRAS.get(package, "train")
     return ImportError(
-        f"{package} is not installed, and {purpose} needs it; pip install 'rds_fast[train]' brings it", name=package
+        f"{package} is not installed, and {purpose} needs it; pip install 'rds_fast[{extra}]' brings it", name=package
     )
 
 

@@ -5,6 +5,7 @@ metrics.jsonl                one row a logging interval and an epoch
 checkpoint/last.safetensors  everything that --resume needs
 model.safetensors            the trained model, once the run is finished
 evaluation.json              the figures of the model, written by rds-fast evaluate
+evaluation.html              the same as a page
 non_finite_batch.json        the step and the samples at which a loss was not finite, if that happened
 """
 
@@ -30,6 +31,7 @@ METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint/last.safetensors"
 MODEL = "model.safetensors"
 EVALUATION = "evaluation.json"
+EVALUATION_PAGE = "evaluation.html"
 NON_FINITE = "non_finite_batch.json"
 
 # Before runs described their data there were the sets of the MNIST family alone, all of ten classes.
@@ -90,7 +92,8 @@ def remove_temporaries(run_dir: Path) -> None:
 
 def create(run_dir: Path, config: TrainingConfig, split: data.Split) -> None:
     """Make the folder of a new run on a training split, without an earlier run's files, and write its config.json."""
-    for name in (CHECKPOINT, MODEL, METRICS, EVALUATION, NON_FINITE, CONFIG):  # these alone: never a whole folder
+    files = (CHECKPOINT, MODEL, METRICS, EVALUATION, EVALUATION_PAGE, NON_FINITE, CONFIG)
+    for name in files:  # these alone: never a whole folder
         (run_dir / name).unlink(missing_ok=True)
     (run_dir / CHECKPOINT).parent.mkdir(parents=True, exist_ok=True)
     content = {"settings": json.loads(config.to_json()), "data": _description(split), "versions": versions()}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rds_fast.evaluation import record
 from rds_fast.evaluation.evaluate import evaluate_model, evaluate_run
+from rds_fast.evaluation.metrics import METRICS, chosen
 from rds_fast.evaluation.settings import EvaluationSettings
 from rds_fast.training import Images, Splits, TrainingConfig, load_model, train
 
@@ -71,6 +72,34 @@ def test_a_metric_that_was_named_and_does_not_fit_fails_before_any_other_is_meas
     images = dataclasses.replace(pixels([0.9], [1], [True]), signal_on_top=None)
     with pytest.raises(ValueError, match="the metric leakage cannot be measured: these data have no null block"):
         evaluate_model(Unused(), images, EvaluationSettings(metrics=("accuracy", "leakage")))
+
+
+def test_all_metrics_are_those_that_fit_and_a_note_says_why_each_other_does_not(splits: Splits) -> None:
+    metrics, notes = chosen(splits.test, EvaluationSettings(metrics=("all",)))
+    assert list(metrics) == [name for name in METRICS if name not in ("groups", "spuriosity", "out_of_distribution")]
+    assert [note.split()[0] for note in notes] == ["groups", "spuriosity", "out_of_distribution"]
+
+
+def test_a_setting_that_is_for_one_metric_alone_asks_for_it() -> None:
+    images = pixels([0.9, 0.2], [1, 0], [True, True])
+    unasked = evaluate_model(TopBlock(), images, FEW_STEPS)
+    assert not any(name.startswith("ood_") for name in unasked.scalars)
+    assert not any("out_of_distribution" in note for note in unasked.notes)
+    asked = evaluate_model(TopBlock(), images, dataclasses.replace(FEW_STEPS, ood_data=("uniform",)))
+    assert any(name.startswith("ood_uniform_") for name in asked.scalars)
+    assert {**asked.scalars, **unasked.scalars} == asked.scalars
+    scores = dataclasses.replace(FEW_STEPS, spuriosity="scores.csv", limit=1)
+    with pytest.raises(ValueError, match=r"the metric spuriosity cannot be measured: .* a limit is given"):
+        evaluate_model(TopBlock(), images, scores)
+
+
+def test_a_metric_whose_package_is_missing_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    images = pixels([0.9], [1], [True])
+    with pytest.raises(ValueError, match="the metric autoattack cannot be measured: pyautoattack is not installed"):
+        evaluate_model(TopBlock(), images, EvaluationSettings(metrics=("accuracy", "autoattack")))
+    _, notes = chosen(images, EvaluationSettings(metrics=("all",)))
+    assert any(note.startswith("autoattack is left out: pyautoattack is not installed") for note in notes)
 
 
 @pytest.mark.parametrize("metrics", [("pgd",), ("leakage", "pgd"), ("gradient_norm",)])
