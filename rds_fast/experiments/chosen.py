@@ -9,7 +9,7 @@ from typing import Any
 from ..evaluation.settings import EvaluationSettings
 from ..training import runs
 from .plan import folder, key
-from .sweep import SWEEP, Loaded, Record, Scalars, evaluate, write
+from .sweep import SWEEP, Loaded, Record, Scalars, alone, evaluate, write
 
 
 def chosen_runs(record: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], int]]:
@@ -36,7 +36,14 @@ def measure_chosen(
     Raises:
         FileNotFoundError: a run was removed.
     """
-    out, loaded = Path(out), Loaded()
+    with alone(Path(out)):
+        return _measure_chosen(Path(out), record, settings, report)
+
+
+def _measure_chosen(
+    out: Path, record: Record, settings: EvaluationSettings, report: Callable[[str], None]
+) -> dict[str, list[Scalars]]:
+    loaded = Loaded()
     if record.get("test_evaluation") != settings.to_settings():
         record |= {"test_evaluation": settings.to_settings(), "tests": []}
     done = {key(test["variant"], test["settings"], test["seed"]): test["figures"] for test in record["tests"]}

@@ -7,9 +7,10 @@ repeats nor loses a run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .choice import Candidate, choose, rule
 from .plan import Plan, Trial, key, plain
 
 SWEEP = "sweep.json"
+LOCK = ".lock"
 _PARTS = (
     *("rule", "command", "training", "variants", "selection", "evaluation", "device"),
     *("trials", "seeds", "points", "choices"),
@@ -55,11 +57,42 @@ def sweep(
         The record: ``trials`` (one a run), ``choices`` (one a variant), and all that decided them.
 
     Raises:
-        ValueError: ``out`` holds a sweep made with other settings, or every run of a variant, or one of the baseline,
+        ValueError: ``out`` holds a sweep made with other settings, or one that is running, or every run of a variant
             diverged.
     """
     out = Path(out)
-    record = _open(out / SWEEP, plan, settings)
+    fresh = _fresh(plan, settings)
+    out.mkdir(parents=True, exist_ok=True)
+    with alone(out):
+        return _sweep(plan, out, settings, fresh, command, report)
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keep a second sweep out of a folder, where each would train the other's runs; a killed process lets it go.
+
+    Raises:
+        ValueError: there is another.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        yield
+        return
+    with open(out / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another sweep is running in {out}; wait for its end, or give another --out") from None
+        yield
+
+
+def _sweep(
+    plan: Plan, out: Path, settings: EvaluationSettings, fresh: Record, command: str, report: Callable[[str], None]
+) -> Record:
+    record = _open(out / SWEEP, fresh)
+    for folder in (out, *(out / trial.name for trial in plan.trials)):
+        runs.remove_temporaries(folder)
     done = {key(trial["variant"], trial["settings"], trial["seed"]) for trial in record["trials"]}
     missing = [trial for trial in plan.trials if trial.key not in done]
     loaded = Loaded()
@@ -173,15 +206,13 @@ def _told(found: Mapping[str, Any], measure: str) -> str:
     return ", ".join(f"{name} {100 * value:.1f}%" for name, value in present.items() if value is not None)
 
 
-def _open(path: Path, plan: Plan, settings: EvaluationSettings) -> Record:
+def _open(path: Path, fresh: Record) -> Record:
     """The record of a new sweep, or of the one to go on with.
 
     Raises:
         ValueError: it is damaged, or of a sweep with other settings.
     """
-    fresh = _fresh(plan, settings)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         return fresh
     record = read(path)
     differing = [part for part in ("training", "selection", "evaluation", "device") if record[part] != fresh[part]]

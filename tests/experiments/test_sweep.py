@@ -131,6 +131,14 @@ def test_a_sweep_with_other_settings_does_not_go_on(tmp_path: Path) -> None:
             sweep(few, tmp_path, CHOOSING, report=quiet)
 
 
+def test_two_sweeps_do_not_meet_in_a_folder(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    with module.alone(tmp_path), pytest.raises(ValueError, match="another sweep is running in"):
+        sweep(PLAN, tmp_path, CHOOSING, report=quiet)
+    with module.alone(tmp_path):
+        pass
+
+
 def test_a_run_that_diverges_is_recorded_and_not_chosen(tmp_path: Path, counted: list[str]) -> None:
     plan = Plan(RECIPE, {"optimizer": "sgd", "lr": 0.01}, {"weight": [0.1, 1e38]}, ["density"])
     lines: list[str] = []
