@@ -78,29 +78,44 @@ def over_batches(
     )
 
 
-def robust_to_the_settings_pgd(model: nn.Module, split: data.Split, settings: EvaluationSettings, norm: str) -> Tensor:
-    """(N,), bool: ``robust_to_pgd`` on a whole split as the settings say."""
-    # One generator a norm, so that leaving one out would not move the other's starts.
+def robust_on_split(
+    model: nn.Module,
+    split: data.Split,
+    settings: EvaluationSettings,
+    epsilon: float,
+    *,
+    norm: str = "linf",
+    steps: int,
+    step_size: float | None = None,
+) -> Tensor:
+    """(N,), bool: ``robust_to_pgd`` on a whole split, with the seed, the restarts and the batches of the settings.
+
+    Each start is of all that is left of the split before the next one is drawn. So the first is the same for every
+    model and every number of restarts, in each batch, and one restart more can only lower the accuracy.
+    """
     generator = torch.Generator(split.labels.device).manual_seed(settings.seed)
+
+    def outcome(x: Tensor, y: Tensor) -> Tensor:
+        return robust_to_pgd(model, x, y, epsilon, norm=norm, steps=steps, step_size=step_size, generator=generator)
+
+    robust = over_batches(split, settings, outcome)
+    for _ in range(1, settings.restarts):
+        left = robust.nonzero()[:, 0]
+        if len(left):
+            robust[left] = over_batches(split.take(left.to(split.index_device)), settings, outcome)
+    return robust
+
+
+def robust_to_the_settings_pgd(model: nn.Module, split: data.Split, settings: EvaluationSettings, norm: str) -> Tensor:
+    """(N,), bool: ``robust_on_split`` with the radius, the steps and the step size of the settings.
+
+    Each norm has a generator of its own, so that leaving one out would not move the other's starts.
+    """
     epsilon, step_size = {
         "linf": (settings.linf_epsilon, settings.linf_step_size),
         "l2": (settings.l2_epsilon, settings.l2_step_size),
     }[norm]
-
-    def outcome(x: Tensor, y: Tensor) -> Tensor:
-        return robust_to_pgd(
-            model,
-            x,
-            y,
-            epsilon,
-            norm=norm,
-            steps=settings.steps,
-            step_size=step_size,
-            restarts=settings.restarts,
-            generator=generator,
-        )
-
-    return over_batches(split, settings, outcome)
+    return robust_on_split(model, split, settings, epsilon, norm=norm, steps=settings.steps, step_size=step_size)
 
 
 def measure(model: nn.Module, split: data.Split, settings: EvaluationSettings) -> Results:

@@ -32,7 +32,7 @@ from ..reference import accumulation_dtype
 from ..training import data
 from .accuracy import classified_rightly
 from .results import Curve, Results
-from .robust_accuracy import outlasts, over_batches, robust_to_pgd
+from .robust_accuracy import outlasts, over_batches, robust_on_split
 from .samples import drawn
 from .settings import EvaluationSettings
 from .square import square_attack
@@ -133,21 +133,7 @@ def observe(model: nn.Module, split: data.Split, settings: EvaluationSettings) -
     radii = sorted({0.0, 0.5, WHOLE_RANGE, *(multiple * epsilon for multiple in _MULTIPLES)})
 
     def under_pgd(radius: float, steps: int, step_size: float | None) -> Tensor:
-        generator = torch.Generator(split.labels.device).manual_seed(settings.seed)
-
-        def outcome(x: Tensor, y: Tensor) -> Tensor:
-            return robust_to_pgd(
-                model,
-                x,
-                y,
-                radius,
-                steps=steps,
-                step_size=step_size,
-                restarts=settings.restarts,
-                generator=generator,
-            )
-
-        return over_batches(split, settings, outcome)
+        return robust_on_split(model, split, settings, radius, steps=steps, step_size=step_size)
 
     few = sorted({1, max(1, settings.steps // 4)} - {settings.steps})
     after_steps = {steps: under_pgd(epsilon, steps, None) for steps in few}

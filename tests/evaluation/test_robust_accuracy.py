@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from toy_classifiers import honest, images
 
 from rds_fast.evaluation import pgd, robust_to_pgd
-from rds_fast.evaluation.robust_accuracy import measure, outlasts
+from rds_fast.evaluation.robust_accuracy import measure, outlasts, robust_to_the_settings_pgd
 from rds_fast.evaluation.settings import EvaluationSettings
 from rds_fast.training import Images
 
@@ -49,6 +49,18 @@ def test_each_restart_can_only_lower_the_accuracy() -> None:
         robust_to_pgd(
             honest(), split.images, split.labels, 0.05, steps=2, restarts=n, generator=torch.Generator().manual_seed(0)
         )
+        for n in (1, 2, 6)
+    ]
+    for fewer, more in itertools.pairwise(few):
+        assert not bool((more & ~fewer).any())
+    assert few[2].sum() < few[0].sum()
+
+
+def test_each_restart_can_only_lower_the_accuracy_in_every_batch() -> None:
+    split = images(80, 3)
+    settings = EvaluationSettings(linf_epsilon=0.05, steps=2, batch_size=16)
+    few = [
+        robust_to_the_settings_pgd(honest(), split, dataclasses.replace(settings, restarts=n), "linf")
         for n in (1, 2, 6)
     ]
     for fewer, more in itertools.pairwise(few):
