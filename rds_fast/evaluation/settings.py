@@ -138,6 +138,8 @@ class EvaluationSettings:
         self._check_metrics()
         self._check_fill()
         self._check_ood_data()
+        if not self.perturbation_ratios:  # no curve, under which there would be no area
+            raise ValueError("perturbation_ratios is empty; it must have at least one share of the pixels")
         if list(self.perturbation_ratios) != sorted(set(self.perturbation_ratios)):
             raise ValueError(f"perturbation_ratios is {self.perturbation_ratios}; it must rise from each to the next")
 

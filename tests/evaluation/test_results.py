@@ -114,6 +114,7 @@ def test_a_fingerprint_tells_samples_apart() -> None:
         ({"linf_step_size": 0.0}, ValueError, "linf_step_size is 0.0; it must be above 0"),
         ({"restarts": 0}, ValueError, "restarts"),
         ({"perturbation_ratios": (0.5, 1.5)}, ValueError, "at most 1"),
+        ({"perturbation_ratios": ()}, ValueError, "perturbation_ratios is empty"),
         ({"perturbation_ratios": (0.5, 0.4)}, ValueError, "must rise"),
         ({"fill": "grey"}, ValueError, "fill is 'grey'; it must be 'mean' or a number from 0 to 1"),
         ({"fill": "1.5"}, ValueError, "fill"),
