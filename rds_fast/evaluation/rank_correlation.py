@@ -122,11 +122,16 @@ def _by_chunks(correlation: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Te
     size = a.shape[1:].numel()
     if a.numel() == 0:
         return torch.full(a.shape[:1], torch.nan, dtype=torch.float64, device=a.device)
-    # Adding 0 makes 0 of −0, which sorting by bits on a GPU would take for less; it also converts bools.
-    a, b = (values.detach().reshape(-1, size) + 0 for values in (a, b))
+    # Adding 0 makes 0 of −0, which sorting by bits on a GPU would take for less.
+    a, b = (_wide(values.detach()).reshape(-1, size) + 0 for values in (a, b))
     parts = zip(a.split(max(1, _CHUNK // size)), b.split(max(1, _CHUNK // size)), strict=True)
     ordered = ((a == a) & (b == b)).all(1)
     return torch.cat([correlation(*part) for part in parts]).where(ordered, torch.nan)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Integers and bools as int64: the magnitude of int8's −128, 128, is no int8."""
+    return values if values.is_floating_point() else values.long()
 
 
 def _intersection(a: Tensor, b: Tensor, k: int) -> Tensor:

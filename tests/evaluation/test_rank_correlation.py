@@ -112,6 +112,11 @@ def test_dtypes_and_layouts(dtype: torch.dtype) -> None:
     assert kendall_tau(*given).dtype == torch.float64
 
 
+def test_the_magnitude_of_the_least_integer_is_the_largest() -> None:
+    a = torch.tensor([[-128, 1, 127]], dtype=torch.int8)
+    assert top_k_intersection(a, torch.tensor([[5, 1, 2]], dtype=torch.int8), 1).item() == 1.0
+
+
 def test_no_samples_no_values_one_value_and_samples_without_dimensions() -> None:
     assert top_k_intersection(torch.empty(0, 5), torch.empty(0, 5), 2).shape == (0,)
     for function in (kendall_tau, spearman):
