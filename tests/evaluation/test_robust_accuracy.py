@@ -79,6 +79,23 @@ def test_one_restart_is_pgd() -> None:
     assert torch.equal(ours, right & (honest()(moved).argmax(1) == y))
 
 
+class Valley(nn.Module):
+    """Class 1 on both sides of the middle, by the first pixel: an attack on it from the middle overshoots."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = (x[:, 0, 0, 0] - 0.5).abs() - 0.08
+        return torch.stack((torch.zeros_like(score), score), 1)
+
+
+def test_what_is_wrong_without_an_attack_is_not_robust_where_the_attack_sets_it_right() -> None:
+    x, y = pixels(*[0.5] * 20), torch.ones(20, dtype=torch.long)
+    settings = {"steps": 1, "step_size": 0.2}
+    moved = pgd(Valley(), x, y, 0.2, generator=torch.Generator().manual_seed(0), **settings)
+    assert bool((Valley()(moved).argmax(1) == y).any())
+    robust = robust_to_pgd(Valley(), x, y, 0.2, generator=torch.Generator().manual_seed(0), **settings)
+    assert not bool(robust.any())
+
+
 def test_nothing_right_leaves_nothing_to_attack_again() -> None:
     model = Threshold()
     x, y = pixels(0.9, 0.8), torch.tensor([0, 0])
