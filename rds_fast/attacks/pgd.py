@@ -77,7 +77,7 @@ def ascend(
         x = x.detach().clone()  # a clone, because inference tensors allow no autograd
         if epsilon == 0 or x.numel() == 0:
             return x
-        _check_inside(x, bounds)
+        check_inside(x, bounds)
         radius = largest_not_above(epsilon, x.dtype)
         step = 2.5 * epsilon / steps if step_size is None else step_size
         # δ is kept beside x' in at least float32: in 16 bits a small step would be lost in rounding x'.
@@ -128,7 +128,7 @@ def pgd(
     if x.dim() == 0 or y.shape != x.shape[:1]:
         raise ValueError(f"y has shape {tuple(y.shape)}; x of shape {tuple(x.shape)} needs one label a sample")
     check_attack(epsilon, norm, steps, step_size, bounds)
-    _check_inside(x, bounds, read=True)
+    check_inside(x, bounds, read=True)
     with torch.inference_mode(False):
         moved = ascend(
             _cross_entropy_of(detached(model), y.detach().long().clone()),
@@ -173,12 +173,19 @@ def check_attack(
     check_count(f"{prefix}steps", steps)
     if step_size is not None and not 0 < check_number(f"{prefix}step_size", step_size) < math.inf:
         raise ValueError(f"{prefix}step_size is {step_size}; it must be positive, or None for 2.5 * epsilon / steps")
-    low, high = bounds
+    check_bounds(bounds)
+
+
+def check_bounds(bounds: tuple[float, float]) -> None:
+    """Raise TypeError or ValueError unless the bounds are two numbers, the first below the second."""
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise TypeError(f"bounds are {bounds!r}; they must be two numbers, an input's smallest and largest value")
+    low, high = (check_number("a bound", bound) for bound in bounds)
     if not low < high:
         raise ValueError(f"bounds are ({low}, {high}); the first must be below the second")
 
 
-def _check_inside(x: Tensor, bounds: tuple[float, float], *, read: bool = False) -> None:
+def check_inside(x: Tensor, bounds: tuple[float, float], *, read: bool = False) -> None:
     """x is within the bounds. On CUDA a value is read only if so said; else an assertion on the device watches."""
     low, high = bounds
     inside = ((x >= low) & (x <= high)).all()

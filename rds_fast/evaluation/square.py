@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.ball import displace, largest_not_above
-from ..attacks.pgd import detached
+from ..attacks.pgd import check_bounds, check_inside, detached
 from ..reference import accumulation_dtype
 
 # The share of the pixels that a square covers is this at first and halved after each of these shares of the queries
@@ -53,12 +53,15 @@ def square_attack(
         x' of x's shape and dtype: ``(x' - x).abs() <= epsilon`` and the bounds hold without any tolerance.
 
     Raises:
-        ValueError: epsilon or queries are out of range.
+        TypeError: bounds are not two numbers.
+        ValueError: epsilon, queries or bounds are out of range, or x leaves the bounds.
     """
     if not (math.isfinite(epsilon) and epsilon >= 0):
         raise ValueError(f"epsilon is {epsilon}; it must be a finite radius, 0 or more")
     if queries < 1:
         raise ValueError(f"queries is {queries}; it must be 1 or more")
+    check_bounds(bounds)
+    check_inside(x, bounds, read=True)
     if epsilon == 0 or x.numel() == 0:
         return x.clone()
     forward = detached(model)

@@ -120,3 +120,8 @@ def test_it_reads_no_gradient_and_leaves_the_model_alone() -> None:
         square_attack(honest(), split.images, split.labels, 0.1, queries=0)
     with pytest.raises(ValueError, match="epsilon is -1"):
         square_attack(honest(), split.images, split.labels, -1.0)
+    # Clipping such images to the bounds would move them by more than ε.
+    with pytest.raises(ValueError, match="leaves the bounds"):
+        square_attack(honest(), split.images + 0.5, split.labels, 0.1)
+    with pytest.raises(TypeError, match="two numbers"):
+        square_attack(honest(), split.images, split.labels, 0.1, bounds=(0.0, 0.5, 1.0))
