@@ -23,7 +23,7 @@ def measure(model: nn.Module, split: data.Split, settings: EvaluationSettings) -
 
 def density_gradient_norm(model: nn.Module, x: Tensor) -> Tensor:
     """‖∇ₓ log p(x)‖₂ (N,): log p is the log-sum-exp of the logits up to a constant."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()  # a clone, because inference tensors allow no autograd
         (gradient,) = torch.autograd.grad(logsumexp(model(x), 1).sum(), x)
     return gradient.flatten(1).norm(dim=1)

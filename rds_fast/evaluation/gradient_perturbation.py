@@ -57,7 +57,8 @@ def _follow(
     model: nn.Module, batch: data.Images, function: Callable[[Tensor, Tensor], Tensor], distances: list[float]
 ) -> tuple[Tensor, Tensor]:
     """Right or not, and the change of the function, (N, distances) each."""
-    x, y = data.in_unit_interval(batch.images), batch.labels
+    with torch.inference_mode(False):  # labels too are kept for the backward, and inference tensors cannot be
+        x, y = data.in_unit_interval(batch.images), batch.labels.clone()
     direction = unit_gradient(lambda moved: function(model(moved), y), x)
     right, change = [], []
     with torch.no_grad():
@@ -76,8 +77,8 @@ def unit_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         function: x (N, ...) to F (N,).
         x: floating.
     """
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()  # a clone, because inference tensors allow no autograd
         (gradient,) = torch.autograd.grad(function(x).sum(), x)
     flat = gradient.flatten(1)
     for norm in (torch.inf, 2):  # by the largest magnitude first, so that no square underflows

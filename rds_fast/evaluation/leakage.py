@@ -37,8 +37,8 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     Not of the cross-entropy: that gradient is f_y's less the softmax-weighted mean of all logits', and vanishes on
     every sample that a model is sure of, whatever the model looks at.
     """
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        x, y = x.detach().clone().requires_grad_(), y.clone()  # inference tensors allow no autograd
         logits = model(x)
         target_logits = logits.gather(1, y[:, None])
         return torch.autograd.grad(target_logits.sum(), x)[0]

@@ -150,6 +150,32 @@ def test_without_any_gradient_there_is_no_share() -> None:
     assert figures.scalars["share"] is None
 
 
+class Hinge(nn.Module):
+    """f = (0, max(0, x − 1/2)) of the last pixel, which is of the lower block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = (x.flatten(1)[:, -1] - 0.5).relu()
+        return torch.stack((torch.zeros_like(score), score), 1)
+
+
+def test_the_share_is_the_mean_over_the_samples_that_have_a_gradient() -> None:
+    images = pixels([0.0, 0.0], [1, 1], [True, True])
+    images.images[0, 0, -1, -1] = 0.9  # the other sample is below the hinge: no gradient
+    figures = evaluate_model(Hinge(), images, FEW_STEPS).scalars
+    assert (figures["leakage"], figures["share"]) == (0.5, 1.0)
+
+
+def test_the_figures_are_the_same_where_gradients_are_disabled(finished_run: Path, splits: Splits) -> None:
+    model, _ = load_model(finished_run)
+    settings = dataclasses.replace(
+        FEW_STEPS, metrics=("pgd", "leakage", "gradient_norm", "gradient_perturbation"), attribution_limit=20
+    )
+    expected = evaluate_model(model, splits.test, settings).scalars
+    for disabled in (torch.no_grad(), torch.inference_mode()):
+        with disabled:
+            assert evaluate_model(model, splits.test, settings).scalars == expected
+
+
 def test_no_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="no samples"):
         evaluate_model(TopBlock(), pixels([], [], []), FEW_STEPS)
