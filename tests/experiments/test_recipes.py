@@ -193,6 +193,7 @@ def test_recipes_that_are_not_there(tmp_path: Path) -> None:
         ('variant = "a"', 'variant = "z"', "variant is 'z'; did you mean"),
         ('baseline = "b"', 'baseline = "z"', "sweep.baseline is 'z'; did you mean"),
         ('baseline = "b"', 'base = "b"', "a setting of sweep is 'base'; did you mean 'baseline'"),
+        ('baseline = "b"', 'measure = "linf_acuracy"', "sweep.measure is 'linf_acuracy'; did you mean 'linf_accuracy'"),
         ('baseline = "b"', "margin = 2", "sweep.margin is 2; it must be a share of accuracy"),
         ("grid.weight = [0.1, 1]", "grid.weights = [1]", "an axis of the grid is 'weights'; did you mean 'weight'"),
         ("grid.weight = [0.1, 1]", "grid.weight = []", "sweep.grid.weight is empty"),
