@@ -97,7 +97,7 @@ def _sweep(
     missing = [trial for trial in plan.trials if trial.key not in done]
     loaded = Loaded()
     for number, trial in enumerate(missing, 1):
-        found = _try(trial, out / trial.name, settings, loaded)
+        found = _try(trial, out / trial.name, settings, plan.recipe.evaluation, loaded)
         record["trials"].append(
             {"variant": trial.variant, "settings": dict(trial.settings), "seed": trial.seed, **found}
         )
@@ -125,8 +125,10 @@ class Loaded:
         return self._splits
 
 
-def _try(trial: Trial, run_dir: Path, settings: EvaluationSettings, loaded: Loaded) -> dict[str, Any]:
-    """The figures of a run, or the error by which it ended."""
+def _try(
+    trial: Trial, run_dir: Path, settings: EvaluationSettings, of_recipe: Mapping[str, Any], loaded: Loaded
+) -> dict[str, Any]:
+    """The figures of a run, or the error by which it ended; ``of_recipe``: how it is to be measured in the end."""
     if (run_dir / runs.MODEL).exists():
         runs.check_same(run_dir, trial.config)
         if (figures := _measured(run_dir, settings)) is not None:
@@ -134,7 +136,8 @@ def _try(trial: Trial, run_dir: Path, settings: EvaluationSettings, loaded: Load
     splits = loaded.splits(trial.config)
     if not (run_dir / runs.MODEL).exists():
         try:
-            train(trial.config, run_dir, resume=(run_dir / runs.CONFIG).exists(), quiet=True, splits=splits)
+            begun = (run_dir / runs.CONFIG).exists()
+            train(trial.config, run_dir, resume=begun, quiet=True, splits=splits, evaluation=of_recipe)
         except NonFiniteError as error:  # it would end so again: no reason to stop the others
             return {"error": str(error)}
     return {"figures": evaluate(run_dir, trial.config, settings, "validation", splits)}
