@@ -114,9 +114,7 @@ def train(
     with cpu_threads(config.threads), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         run = _Run(config, run_dir, device, splits, quiet)
         if not resume:
-            runs.create(
-                run_dir, config, splits.train, evaluation
-            )  # only now: what cannot begin leaves no folder
+            runs.create(run_dir, config, splits.train, evaluation)  # only now: what cannot begin leaves no folder
         runs.remove_temporaries(run_dir)
         return run.run()
 
