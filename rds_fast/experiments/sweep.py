@@ -116,7 +116,10 @@ def _sweep(
     missing = [trial for trial in plan.trials if trial.key not in done]
     loaded = Loaded()
     for number, trial in enumerate(missing, 1):
-        found = _try(trial, out / trial.name, settings, test, loaded)
+        for split, wanted in (("validation", settings), ("test", test)):  # now, not when the training is done
+            if wanted is not None:
+                measurable(loaded.splits(trial.config), split, wanted, trial.config.data_root)
+        found = _try(trial, out / trial.name, settings, plan.recipe.evaluation, loaded)
         record["trials"].append(
             {"variant": trial.variant, "settings": dict(trial.settings), "seed": trial.seed, **found}
         )
@@ -145,20 +148,18 @@ class Loaded:
 
 
 def _try(
-    trial: Trial, run_dir: Path, settings: EvaluationSettings, test: EvaluationSettings | None, loaded: Loaded
+    trial: Trial, run_dir: Path, settings: EvaluationSettings, of_recipe: Mapping[str, Any], loaded: Loaded
 ) -> dict[str, Any]:
-    """The figures of a run, or the error by which it ended."""
+    """The figures of a run, or the error by which it ended; ``of_recipe``: how it is to be measured in the end."""
     if (run_dir / runs.MODEL).exists():
         runs.check_same(run_dir, trial.config)
         if (figures := _measured(run_dir, settings)) is not None:
             return {"figures": figures}
     splits = loaded.splits(trial.config)
-    for split, wanted in (("validation", settings), ("test", test)):  # now, not when the training is done
-        if wanted is not None:
-            measurable(splits, split, wanted, trial.config.data_root)
     if not (run_dir / runs.MODEL).exists():
         try:
-            train(trial.config, run_dir, resume=(run_dir / runs.CONFIG).exists(), quiet=True, splits=splits)
+            begun = (run_dir / runs.CONFIG).exists()
+            train(trial.config, run_dir, resume=begun, quiet=True, splits=splits, evaluation=of_recipe)
         except NonFiniteError as error:  # it would end so again: no reason to stop the others
             return {"error": str(error)}
     return {"figures": evaluate(run_dir, trial.config, settings, "validation", splits)}
