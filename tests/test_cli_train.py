@@ -296,7 +296,7 @@ main()
     )
     assert process.returncode == 1
     assert re.fullmatch(
-        rf"error: {package} is not installed, and .* needs it; pip install 'rds_fast\[train\]' brings it\n",
+        rf"error: {package} is not installed and is needed for .*; pip install 'rds_fast\[train\]' brings it\n",
         process.stderr,
     )
 

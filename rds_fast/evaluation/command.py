@@ -7,6 +7,7 @@ import shlex
 import sys
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,8 +46,8 @@ def _option(name: str) -> inspect.Parameter:
     )
 
 
-def settings_from(options: dict[str, Any]) -> EvaluationSettings:
-    """The settings that the options given ask for.
+def settings_from(options: dict[str, Any], of_run: Mapping[str, Any] | None = None) -> EvaluationSettings:
+    """The settings that the options given ask for, the rest being those that belong to the run, or the defaults.
 
     Raises:
         ValueError: a value is unknown, out of range or no number where one is needed.
@@ -56,7 +57,7 @@ def settings_from(options: dict[str, Any]) -> EvaluationSettings:
     for name, value in given.items():
         if typing.get_origin(hints[name]) is tuple:
             given[name] = _several(name, value, typing.get_args(hints[name])[0])
-    return EvaluationSettings(**given)
+    return EvaluationSettings.from_settings({**(of_run or {}), **given})
 
 
 def _several(name: str, text: str, kind: Any) -> tuple[Any, ...]:
@@ -78,10 +79,10 @@ def evaluate(
 ) -> None:
     """Measure a trained model: accuracy, robustness, attributions, calibration.
 
-    Prints a table and writes evaluation.json and evaluation.html, a page that needs no other file, into the run's
-    folder.
+    What is not given is as in the recipe that the run was trained by, or has the default that stands here. Prints a
+    table and writes evaluation.json and evaluation.html, a page that needs no other file, into the run's folder.
     """
-    settings = settings_from(options)
+    settings = settings_from(options, runs.read_evaluation_settings(run))
     _require_output(*(["matplotlib"] if page else []))
     splits = runs.read_config(run).load_data() if (run / runs.MODEL).is_file() else None  # else evaluate_run says so
     with cpu_threads(threads):

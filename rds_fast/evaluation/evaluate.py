@@ -68,6 +68,19 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def measurable(splits: data.Splits, split: str, settings: EvaluationSettings, root: str | None) -> data.Split:
+    """The split that is to be measured; ``root``, where its data are, is for the message.
+
+    Raises:
+        ValueError: it has no samples, or a metric that was named does not fit them.
+    """
+    samples: data.Split = getattr(splits, split)
+    if len(samples) == 0:
+        raise ValueError(f"the data in {root} have no {split} split; measure another split, or add this one")
+    chosen(samples, settings)
+    return samples
+
+
 def evaluate_run(
     run_dir: str | Path,
     settings: EvaluationSettings,
@@ -95,10 +108,7 @@ def evaluate_run(
     resolved = resolve_device(device)
     model, config = runs.load_model(run_dir, resolved)
     splits = splits or config.load_data()
-    samples: data.Split = getattr(splits, split)
-    if len(samples) == 0:
-        raise ValueError(f"the data in {config.data_root} have no {split} split; use --split validation, or add one")
-    samples = drawn(samples, settings.limit, settings.seed)
+    samples = drawn(measurable(splits, split, settings, config.data_root), settings.limit, settings.seed)
     evaluation = evaluate_model(model, samples.to(resolved), settings, report)
     written = record.Record(
         evaluation, settings, split, fingerprint(samples), config, record.name_of(resolved), runs.versions()

@@ -82,7 +82,7 @@ def sweep(
     while_choosing, in_the_end = loaded.settings(evaluation, choosing=True), loaded.settings(evaluation)
     out = out or Path("runs") / f"sweep-{loaded.name}"
     with _interruptible("the same command goes on"):
-        record = run_sweep(plan, out, while_choosing, command=command_line())
+        record = run_sweep(plan, out, while_choosing, test=in_the_end if test else None, command=command_line())
         _print_sweep(record)
         if test:
             found = measure_chosen(out, record, in_the_end)

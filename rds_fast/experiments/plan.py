@@ -125,7 +125,8 @@ class Plan:
         for setting in (*self.changes, *self.axes):
             reasons = [trial.config.without_effect(setting) for trial in trials]
             if None not in reasons:
-                raise ValueError(f"{setting} would have no effect: {reasons[0]}. Leave it out")
+                # The last variant's: the first is mostly the baseline, which has no penalty at all.
+                raise ValueError(f"{setting} would have no effect: {reasons[-1]}. Leave it out")
 
 
 def _candidates(setting: str, values: Sequence[Any]) -> tuple[Any, ...]:

@@ -25,6 +25,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.metrics import FIGURES
 from ..evaluation.settings import FIELDS as EVALUATION_FIELDS
 from ..evaluation.settings import EvaluationSettings
 from ..training.config import FIELDS, TrainingConfig
@@ -238,6 +239,7 @@ def _check(recipe: Recipe) -> None:
     """Every variant is a run that can be trained, every setting has an effect, and the evaluation is one."""
     check_name("variant", recipe.variant, recipe.variants)
     check_name("sweep.baseline", recipe.selection.baseline, recipe.variants)
+    check_name("sweep.measure", recipe.selection.measure, FIGURES)
     configs = {}
     for name, variant in recipe.variants.items():
         if "seed" in variant.settings:

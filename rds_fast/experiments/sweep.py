@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation import record as evaluations
-from ..evaluation.evaluate import evaluate_run
-from ..evaluation.settings import EvaluationSettings
+from ..evaluation.evaluate import evaluate_run, measurable
+from ..evaluation.metrics import FIGURES, METRICS
+from ..evaluation.settings import ALL, EvaluationSettings
 from ..training import data, runs
 from ..training.checkpoints import write_atomically
 from ..training.config import FIELDS, RESUMABLE_CHANGES, TrainingConfig
@@ -41,6 +42,7 @@ def sweep(
     out: str | Path,
     settings: EvaluationSettings,
     *,
+    test: EvaluationSettings | None = None,
     command: str = "",
     report: Callable[[str], None] = print,
 ) -> Record:
@@ -50,6 +52,7 @@ def sweep(
         plan: the runs.
         out: a folder; each run goes below it. A sweep that was stopped goes on from there, with more runs if need be.
         settings: of the evaluation on the validation split.
+        test: of that on the test split, where one follows: what is wrong with it is said before any run.
         command: the command line, for the record.
         report: is told of each run as it is done.
 
@@ -58,13 +61,23 @@ def sweep(
 
     Raises:
         ValueError: ``out`` holds a sweep made with other settings, or one that is running, or every run of a variant
-            diverged.
+            diverged; or an evaluation does not fit the data, or does not give what is to be chosen by.
     """
+    _check_measured(plan.recipe.selection.measure, settings)
     out = Path(out)
     fresh = _fresh(plan, settings)
     out.mkdir(parents=True, exist_ok=True)
     with alone(out):
-        return _sweep(plan, out, settings, fresh, command, report)
+        return _sweep(plan, out, settings, test, fresh, command, report)
+
+
+def _check_measured(measure: str, settings: EvaluationSettings) -> None:
+    named = settings.metrics or tuple(name for name, metric in METRICS.items() if metric.unasked)
+    for figure in ("accuracy", measure):
+        if FIGURES[figure] not in named and ALL not in named:
+            raise ValueError(
+                f"the sweep chooses by {figure} and metrics is {','.join(named)}; add {FIGURES[figure]}, which gives it"
+            )
 
 
 @contextlib.contextmanager
@@ -88,7 +101,13 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def _sweep(
-    plan: Plan, out: Path, settings: EvaluationSettings, fresh: Record, command: str, report: Callable[[str], None]
+    plan: Plan,
+    out: Path,
+    settings: EvaluationSettings,
+    test: EvaluationSettings | None,
+    fresh: Record,
+    command: str,
+    report: Callable[[str], None],
 ) -> Record:
     record = _open(out / SWEEP, fresh)
     for folder in (out, *(out / trial.name for trial in plan.trials)):
@@ -97,7 +116,10 @@ def _sweep(
     missing = [trial for trial in plan.trials if trial.key not in done]
     loaded = Loaded()
     for number, trial in enumerate(missing, 1):
-        found = _try(trial, out / trial.name, settings, loaded)
+        for split, wanted in (("validation", settings), ("test", test)):  # now, not when the training is done
+            if wanted is not None:
+                measurable(loaded.splits(trial.config), split, wanted, trial.config.data_root)
+        found = _try(trial, out / trial.name, settings, plan.recipe.evaluation, loaded)
         record["trials"].append(
             {"variant": trial.variant, "settings": dict(trial.settings), "seed": trial.seed, **found}
         )
@@ -125,8 +147,10 @@ class Loaded:
         return self._splits
 
 
-def _try(trial: Trial, run_dir: Path, settings: EvaluationSettings, loaded: Loaded) -> dict[str, Any]:
-    """The figures of a run, or the error by which it ended."""
+def _try(
+    trial: Trial, run_dir: Path, settings: EvaluationSettings, of_recipe: Mapping[str, Any], loaded: Loaded
+) -> dict[str, Any]:
+    """The figures of a run, or the error by which it ended; ``of_recipe``: how it is to be measured in the end."""
     if (run_dir / runs.MODEL).exists():
         runs.check_same(run_dir, trial.config)
         if (figures := _measured(run_dir, settings)) is not None:
@@ -134,7 +158,8 @@ def _try(trial: Trial, run_dir: Path, settings: EvaluationSettings, loaded: Load
     splits = loaded.splits(trial.config)
     if not (run_dir / runs.MODEL).exists():
         try:
-            train(trial.config, run_dir, resume=(run_dir / runs.CONFIG).exists(), quiet=True, splits=splits)
+            begun = (run_dir / runs.CONFIG).exists()
+            train(trial.config, run_dir, resume=begun, quiet=True, splits=splits, evaluation=of_recipe)
         except NonFiniteError as error:  # it would end so again: no reason to stop the others
             return {"error": str(error)}
     return {"figures": evaluate(run_dir, trial.config, settings, "validation", splits)}

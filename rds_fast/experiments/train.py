@@ -68,8 +68,9 @@ def train(
     name, assigned = _split(recipe or ())
     given = {name: value for name, value in settings.items() if value is not None and value != []}
     config = _config(name, _together(given, assigned), out if resume else None)
+    evaluation = recipes.load(name).evaluation if name else {}
     try:
-        result = train_model(config, out, resume=resume, overwrite=overwrite, quiet=quiet)
+        result = train_model(config, out, resume=resume, overwrite=overwrite, quiet=quiet, evaluation=evaluation)
     except TrainingInterrupted as interruption:
         print(f"\n{interruption}. To go on:\n  {_resume_command(out)}", file=sys.stderr)
         raise typer.Exit(130) from None

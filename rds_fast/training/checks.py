@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from . import data as data_sets
+from .names import check_name
 from .objective_settings import ADAPTIVE
 
 if TYPE_CHECKING:
@@ -138,3 +142,21 @@ def _check_schedules(config: TrainingConfig) -> None:
         raise ValueError(
             f"weight is 0 and weight_schedule is {config.weight_schedule!r}, which adapts it by factors; begin above 0"
         )
+
+
+def check_model(model: nn.Module, config: TrainingConfig, device: torch.device) -> None:
+    """Whether a model takes the images, and has the layer, of its settings; it is in eval mode afterwards.
+
+    Raises:
+        ValueError: it does not, which the first step would find, when the run's folder is made.
+    """
+    if config.attribution_layer is not None and config.without_effect("attribution_layer") is None:
+        check_name("attribution_layer", config.attribution_layer, [name for name, _ in model.named_modules() if name])
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *config.image_shape, device=device))
+    except RuntimeError as error:
+        shape = "x".join(map(str, config.image_shape))
+        raise ValueError(
+            f"the model {config.model} cannot take images of {shape} ({error}); use larger ones, or another model"
+        ) from error

@@ -16,7 +16,7 @@ def require(module: str, purpose: str) -> ModuleType:
 
     Args:
         module: its name, dotted if need be.
-        purpose: what needs it, for the message: "a progress bar", "checkpoints".
+        purpose: what it is needed for, for the message: "a progress bar", "checkpoints".
 
     Raises:
         ImportError: the module, or one that it needs, is not installed; the message holds the command that mends it.
@@ -35,7 +35,8 @@ def missing(package: str, purpose: str) -> ImportError:
     package = package.partition(".")[0]
     extra = _EXTRAS.get(package, "train")
     return ImportError(
-        f"{package} is not installed, and {purpose} needs it; pip install 'rds_fast[{extra}]' brings it", name=package
+        f"{package} is not installed and is needed for {purpose}; pip install 'rds_fast[{extra}]' brings it",
+        name=package,
     )
 
 

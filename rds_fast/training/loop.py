@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..penalties.loss import LossTerms
 from . import checkpoints, data, runs
 from .accuracy import evaluate_accuracy
+from .checks import check_model
 from .config import TrainingConfig
 from .devices import cpu_threads, peak_memory_bytes, reset_peak_memory, resolve_device
 from .display import Display
@@ -77,6 +78,7 @@ def train(
     overwrite: bool = False,
     quiet: bool = False,
     splits: data.Splits | None = None,
+    evaluation: Mapping[str, Any] | None = None,
 ) -> TrainingResult:
     """Train a classifier, writing metrics, checkpoints and the model into a folder (see ``runs``).
 
@@ -89,6 +91,7 @@ def train(
         overwrite: replace the run in the folder.
         quiet: show no progress.
         splits: the data, where they are loaded already; default: ``config.load_data()``.
+        evaluation: settings of the evaluation that belong to the experiment; ``rds-fast evaluate`` takes them.
 
     Raises:
         FileExistsError: the folder holds a run, and neither ``resume`` nor ``overwrite`` is given; or other files.
@@ -112,7 +115,7 @@ def train(
     with cpu_threads(config.threads), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         run = _Run(config, run_dir, device, splits, quiet)
         if not resume:
-            runs.create(run_dir, config, splits.train)  # only now: what cannot begin leaves no folder behind
+            runs.create(run_dir, config, splits.train, evaluation)  # only now: what cannot begin leaves no folder
         runs.remove_temporaries(run_dir)
         return run.run()
 
@@ -132,6 +135,7 @@ class _Run:
         self.learning_rate = learning_rate_schedule(config, self.steps_per_epoch)
         normalization = channel_statistics(self.training) if config.normalize else None
         self.state = TrainingState(config, device, self.training.classes, self.objective, normalization)
+        check_model(self.state.model, config, device)
         self.total_steps = config.total_steps(self.steps_per_epoch)
         self.display = Display(math.ceil(self.total_steps / self.steps_per_epoch), self.total_steps, quiet)
         self.uncollected: list[Tensor] = []  # the losses of the last steps, so that not every step waits for the GPU

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -90,13 +91,19 @@ def remove_temporaries(run_dir: Path) -> None:
             path.unlink()
 
 
-def create(run_dir: Path, config: TrainingConfig, split: data.Split) -> None:
-    """Make the folder of a new run on a training split, without an earlier run's files, and write its config.json."""
+def create(
+    run_dir: Path, config: TrainingConfig, split: data.Split, evaluation: Mapping[str, Any] | None = None
+) -> None:
+    """Make the folder of a new run on a training split, without an earlier run's files, and write its config.json.
+
+    ``evaluation``: settings of the evaluation that belong to the experiment, to be taken where none are given.
+    """
     files = (CHECKPOINT, MODEL, METRICS, EVALUATION, EVALUATION_PAGE, NON_FINITE, CONFIG)
     for name in files:  # these alone: never a whole folder
         (run_dir / name).unlink(missing_ok=True)
     (run_dir / CHECKPOINT).parent.mkdir(parents=True, exist_ok=True)
     content = {"settings": json.loads(config.to_json()), "data": _description(split), "versions": versions()}
+    content |= {"evaluation": dict(evaluation or {})}
     checkpoints.write_atomically(run_dir / CONFIG, json.dumps(content, indent=2).encode() + b"\n")
 
 
@@ -106,8 +113,8 @@ def _description(split: data.Split) -> dict[str, Any]:
     return {"samples": len(split), "classes": split.classes, "class_names": names}
 
 
-def _read(run_dir: Path) -> tuple[TrainingConfig, dict[str, Any]]:
-    """The settings of a run, and the description of its data."""
+def _content(run_dir: Path) -> dict[str, Any]:
+    """What config.json holds: the settings of a run, the description of its data, and its evaluation's settings."""
     path = run_dir / CONFIG
     if not path.is_file():
         raise FileNotFoundError(
@@ -115,10 +122,19 @@ def _read(run_dir: Path) -> tuple[TrainingConfig, dict[str, Any]]:
         )
     try:
         content = json.loads(path.read_text())
-        settings, described = content["settings"], dict(content.get("data", _UNDESCRIBED))
+        return {
+            "settings": dict(content["settings"]),
+            "data": dict(content.get("data", _UNDESCRIBED)),
+            "evaluation": dict(content.get("evaluation", {})),
+        }
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); expected the settings of a run") from error
-    return TrainingConfig.from_settings(settings), described
+
+
+def _read(run_dir: Path) -> tuple[TrainingConfig, dict[str, Any]]:
+    """The settings of a run, and the description of its data."""
+    content = _content(run_dir)
+    return TrainingConfig.from_settings(content["settings"]), content["data"]
 
 
 def read_config(run_dir: Path) -> TrainingConfig:
@@ -129,6 +145,15 @@ def read_config(run_dir: Path) -> TrainingConfig:
         ValueError: its config.json is damaged or of another version.
     """
     return _read(run_dir)[0]
+
+
+def read_evaluation_settings(run_dir: Path) -> dict[str, Any]:
+    """The settings of the evaluation that belong to the experiment of a run; none where it belongs to none.
+
+    Raises:
+        As ``read_config``.
+    """
+    return _content(run_dir)["evaluation"]
 
 
 def check_same(run_dir: Path, config: TrainingConfig) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from rds_fast.evaluation import record
 from rds_fast.evaluation.evaluate import evaluate_model, evaluate_run
-from rds_fast.evaluation.metrics import METRICS, chosen
+from rds_fast.evaluation.metrics import FIGURES, METRICS, chosen
 from rds_fast.evaluation.settings import EvaluationSettings
 from rds_fast.training import Images, Splits, TrainingConfig, load_model, train
 
@@ -77,7 +78,43 @@ def test_a_metric_that_was_named_and_does_not_fit_fails_before_any_other_is_meas
 def test_all_metrics_are_those_that_fit_and_a_note_says_why_each_other_does_not(splits: Splits) -> None:
     metrics, notes = chosen(splits.test, EvaluationSettings(metrics=("all",)))
     assert list(metrics) == [name for name in METRICS if name not in ("groups", "spuriosity", "out_of_distribution")]
-    assert [note.split()[0] for note in notes] == ["groups", "spuriosity", "out_of_distribution"]
+    assert [note.split()[0] for note in notes] == ["spuriosity", "out_of_distribution", "groups"]
+
+
+@pytest.mark.parametrize("metrics", [(), ("all",)])
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({"spuriosity": "nowhere.csv"}, "metric spuriosity cannot be measured: there is no file nowhere.csv"),
+        ({"ood_data": ("noise", "svhn=nowhere")}, "out_of_distribution cannot .* there is no folder of svhn=nowhere"),
+    ],
+)
+def test_files_that_are_named_and_missing_fail_before_any_work(
+    metrics: tuple[str, ...], named: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        chosen(pixels([0.9], [1], [True]), EvaluationSettings(metrics=metrics, **named))
+
+
+def test_what_reads_further_files_is_measured_first() -> None:
+    assert list(METRICS)[:2] == ["spuriosity", "out_of_distribution"]
+
+
+def test_a_setting_whose_metric_is_not_among_those_named_is_said_to_be_without_effect() -> None:
+    settings = EvaluationSettings(metrics=("accuracy",), ood_data=("noise",))
+    metrics, notes = chosen(pixels([0.9], [1], [True]), settings)
+    assert (list(metrics), len(notes)) == (["accuracy"], 1)
+    assert notes[0].startswith("out_of_distribution is left out: it is not among the metrics named")
+
+
+def test_the_figures_to_choose_by_are_those_that_their_metrics_give(finished_run: Path, splits: Splits) -> None:
+    model, _ = load_model(finished_run)
+    light = {"strong_limit": 2, "strong_steps": 2, "square_queries": 2, "attribution_limit": 2, "path_steps": 2}
+    for name in ("accuracy", "pgd", "attribution", "pixel_perturbation", "gradient_perturbation"):
+        settings = EvaluationSettings(metrics=(name,), limit=8, steps=2, attribution_steps=2, **light)
+        figures = evaluate_model(model, splits.test, settings).scalars
+        assert set(METRICS[name].figures) <= set(figures)
+    assert {figure: METRICS[name] for figure, name in FIGURES.items()}.keys() >= {"worst_group_accuracy"}
 
 
 def test_a_setting_that_is_for_one_metric_alone_asks_for_it() -> None:
@@ -264,7 +301,7 @@ def test_a_folder_of_images_is_evaluated_on_the_splits_that_it_has(tmp_path: Pat
         data="imagefolder", data_root=str(root), image_size=16, model="cnn", epochs=1, workers=0, device="cpu"
     )
     train(config, tmp_path / "run", quiet=True)
-    with pytest.raises(ValueError, match=r"images have no test split; use --split validation, or add one"):
+    with pytest.raises(ValueError, match=r"images have no test split; measure another split, or add this one"):
         evaluate_run(tmp_path / "run", FEW_STEPS, device="cpu")
     figures = evaluate_run(tmp_path / "run", FEW_STEPS, split="validation", device="cpu")
     assert figures.samples == 6

@@ -74,6 +74,16 @@ def test_a_sweep_over_two_settings(tmp_path: Path, call: Call) -> None:
     assert "[1/" not in again[1]
 
 
+def test_a_run_is_evaluated_as_its_recipe_says(tmp_path: Path, call: Call) -> None:
+    small = (*SMALL[:5], "batch_size=8", "steps=2", "device=cpu")
+    assert call("train", "fashion-mnist-rar-short", "variant=natural", *small, "--out", tmp_path, "--quiet")[0] == 0
+    options = ("--metrics", "accuracy,pgd", "--limit", 3, "--device", "cpu", "--no-page", "--split", "validation")
+    assert call("evaluate", tmp_path, *options)[0] == 0
+    settings = json.loads((tmp_path / "evaluation.json").read_text())["settings"]
+    assert (settings["steps"], settings["linf_step_size"], settings["attribution_keep"]) == (20, 0.01, "kendall")
+    assert (settings["limit"], settings["metrics"]) == (3, ["accuracy", "pgd"])
+
+
 def test_what_a_source_reports_stands_beside(tmp_path: Path, call: Call) -> None:
     words = ("mnist-rar", "variant=natural", "steps=2", "evaluation.metrics=accuracy,pgd", "--test")
     code, output, errors = call("sweep", *words, *(word for word in SMALL if word != "epochs=1"), "--out", tmp_path)

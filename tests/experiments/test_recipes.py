@@ -46,6 +46,38 @@ def test_each_names_its_source_and_what_is_ours(name: str) -> None:
     assert {"accuracy", measured} <= set(recipe.settings(choosing=True).metrics)
 
 
+@pytest.mark.parametrize("name", recipes.names())
+def test_variants_are_told_apart_by_their_titles(name: str) -> None:
+    recipe = recipes.load(name)
+    titles = [variant.title for variant in recipe.variants.values()]
+    assert len(set(titles)) == len(titles)
+    assert recipe.title not in titles
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_how_a_sweep_chooses_is_ours(name: str) -> None:
+    """No source says how its weights were chosen."""
+    recipe = recipes.load(name)
+    choosing = {f"sweep.{part}" for part in ("grid", "margin", "measure") if recipe.selection.grid}
+    choosing |= {"sweep.evaluation"} if recipe.selection.evaluation else set()
+    assert choosing == {setting for setting in recipe.ours if setting.startswith("sweep.")}
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.names() if "Yang" in recipes.load(name).source])
+def test_of_the_density_penalty_the_paper_gives_data_norm_and_metrics_alone(name: str) -> None:
+    recipe = recipes.load(name)
+    measured = {f"evaluation.{setting}" for setting in recipe.evaluation if setting != "metrics"}
+    assert {*recipe.training, *measured} - {"data", "p"} <= set(recipe.ours)
+
+
+@pytest.mark.parametrize("name", ["mnist-rar", "fashion-mnist-rar", "gtsrb-rar", "flowers-rar"])
+def test_what_differs_from_the_authors_attack_on_attributions_is_ours(name: str) -> None:
+    """They attack all test images, three times each."""
+    recipe = recipes.load(name)
+    assert {"evaluation.attribution_limit", "evaluation.attribution_restarts"} <= set(recipe.ours)
+    assert "evaluation.steps" not in recipe.ours  # those of the attack on the accuracy are theirs
+
+
 def test_those_of_one_paper_hold_its_figures() -> None:
     """Chen et al. (2019), table of Fashion-MNIST: natural and PGD accuracy, top-k intersection, Kendall's τ."""
     expected = {
@@ -69,7 +101,8 @@ def test_the_full_schedule_is_the_paper_s() -> None:
     assert (config.optimizer, config.lr, config.weight) == ("adam", 1e-4, 0.1)
     assert (config.epsilon, config.attack_steps, config.attack_step_size) == (0.1, 20, 0.01)
     assert (config.path_steps, config.attack_path_steps) == (50, 10)
-    assert recipes.load("fashion-mnist-rar").config("natural").steps == 25_000
+    for name in ("mnist-rar", "fashion-mnist-rar"):
+        assert recipes.load(name).config("natural").steps == 25_000
     settings = recipes.load("gtsrb-rar").settings()
     assert (settings.linf_epsilon, settings.steps, settings.linf_step_size) == (8 / 255, 7, 2 / 255)
     assert recipes.load("flowers-rar").settings().attribution_k == 1000
@@ -160,6 +193,7 @@ def test_recipes_that_are_not_there(tmp_path: Path) -> None:
         ('variant = "a"', 'variant = "z"', "variant is 'z'; did you mean"),
         ('baseline = "b"', 'baseline = "z"', "sweep.baseline is 'z'; did you mean"),
         ('baseline = "b"', 'base = "b"', "a setting of sweep is 'base'; did you mean 'baseline'"),
+        ('baseline = "b"', 'measure = "linf_acuracy"', "sweep.measure is 'linf_acuracy'; did you mean 'linf_accuracy'"),
         ('baseline = "b"', "margin = 2", "sweep.margin is 2; it must be a share of accuracy"),
         ("grid.weight = [0.1, 1]", "grid.weights = [1]", "an axis of the grid is 'weights'; did you mean 'weight'"),
         ("grid.weight = [0.1, 1]", "grid.weight = []", "sweep.grid.weight is empty"),

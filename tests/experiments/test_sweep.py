@@ -152,12 +152,23 @@ def test_a_run_that_diverges_is_recorded_and_not_chosen(tmp_path: Path, counted:
         sweep(Plan(RECIPE, plan.changes, {"weight": [1e38]}, ["density"]), tmp_path, CHOOSING, report=quiet)
 
 
-def test_the_measure_has_to_be_measured(tmp_path: Path) -> None:
+def test_the_measure_has_to_be_measured(tmp_path: Path, counted: list[str]) -> None:
     other = recipes.parse("tiny", TINY.replace("[sweep]", '[sweep]\nmeasure = "worst_group_accuracy"'))
-    with pytest.raises(
-        ValueError, match="the evaluation has no worst_group_accuracy to choose by; it has accuracy, li"
-    ):
+    with pytest.raises(ValueError, match="chooses by worst_group_accuracy and metrics is accuracy,pgd; add groups"):
         sweep(Plan(other, variants=["density"]), tmp_path, CHOOSING, report=quiet)
+    with pytest.raises(ValueError, match="chooses by linf_accuracy and metrics is accuracy; add pgd"):
+        sweep(PLAN, tmp_path, RECIPE.settings({"metrics": ["accuracy"]}, choosing=True), report=quiet)
+    assert counted == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_measured_is_said_before_any_training(tmp_path: Path, counted: list[str]) -> None:
+    groups = RECIPE.settings({"metrics": ["accuracy", "pgd", "groups"]})
+    with pytest.raises(ValueError, match="the metric groups cannot be measured: these data have no groups"):
+        sweep(PLAN, tmp_path, groups, report=quiet)
+    with pytest.raises(ValueError, match="the metric groups cannot be measured: these data have no groups"):
+        sweep(PLAN, tmp_path, CHOOSING, test=groups, report=quiet)
+    assert counted == []
 
 
 def test_the_chosen_are_measured_on_the_test_split_once(tmp_path: Path) -> None:

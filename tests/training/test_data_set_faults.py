@@ -344,7 +344,7 @@ def test_a_missing_package_is_named(package: str, name: str, tmp_path: Path, mon
     data_files.trust(monkeypatch, name, data_files.WRITERS[name](tmp_path))
     monkeypatch.setattr(importlib, "import_module", without)
     with pytest.raises(
-        ImportError, match=rf"{package} is not installed, and .* needs it; pip install 'rds_fast\[train\]'"
+        ImportError, match=rf"{package} is not installed and is needed for .*; pip install 'rds_fast\[train\]'"
     ):
         data.load(name, tmp_path, workers=0)
 

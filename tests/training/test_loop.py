@@ -51,6 +51,28 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model": "cnn", "objective": "attribution", "attribution_layer": "0.weights"},
+            "attribution_layer is '0.weights'; did you mean '0",
+        ),
+        (
+            {"data": "synthetic", "image_size": 8, "classes": 3, "train_size": 24, "model": "vgg11"},
+            "the model vgg11 cannot take images of 3x8x8 .* use larger ones, or another model",
+        ),
+    ],
+)
+def test_a_model_that_cannot_do_what_is_asked_leaves_no_folder(
+    changes: dict[str, Any], message: str, splits: Splits, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(SMALL, **changes)
+    with pytest.raises(ValueError, match=message):
+        train(config, tmp_path / "run", quiet=True, splits=splits if config.data == "mnist" else None)
+    assert not (tmp_path / "run").exists()
+
+
 def test_real_digits_are_learnt(digits: Splits, tmp_path: Path) -> None:
     config = TrainingConfig(objective="cross-entropy", epochs=5, threads=1)
     result = train(config, tmp_path / "run", quiet=True, splits=digits)

@@ -32,7 +32,7 @@ def load(request: Request) -> Splits:
         ImportError: torchvision or SciPy is not installed.
     """
     datasets = require_torchvision("torchvision.datasets", "Flowers-102")
-    require("scipy.io", "Flowers-102, whose labels are MATLAB's,")
+    require("scipy.io", "Flowers-102, whose labels are MATLAB's")
     root = request.folder(SOURCE, nested=_FOLDER)
     needed = {root / _FOLDER / name: None for name in ("jpg", "imagelabels.mat", "setid.mat")}
     obtain(request, SOURCE, root, needed, lambda: datasets.Flowers102(root, download=True))

@@ -29,7 +29,7 @@ def load(request: Request) -> Splits:
         ImportError: torchvision or SciPy is not installed.
     """
     datasets = require_torchvision("torchvision.datasets", "SVHN")
-    require("scipy.io", "SVHN, whose files are MATLAB's,")
+    require("scipy.io", "SVHN, whose files are MATLAB's")
     root = request.folder(SOURCE)
     files = {part: (root / name, md5) for part, (_, name, md5) in datasets.SVHN.split_list.items() if part != "extra"}
     obtain(request, SOURCE, root, dict(files.values()), lambda: _fetch(datasets, root, tuple(files)))
