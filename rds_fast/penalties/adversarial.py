@@ -14,7 +14,7 @@ from ..ops.inputs import check_number
 from .checks import check_input
 from .inner_pass import implementation, logits_of
 from .integrated_gradients import check_pair
-from .loss import LossTerms, _mean
+from .loss import LossTerms, mean_of_counted
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class AdversarialLoss:
         with implementation(self.fast):
             moved = self._worst(model, x, y)
             logits = logits_of(model, moved)
-            loss = _mean(cross_entropy_with_logsumexp(logits, y, label_smoothing=self.label_smoothing)[0], y)
+            loss = mean_of_counted(cross_entropy_with_logsumexp(logits, y, label_smoothing=self.label_smoothing)[0], y)
         return LossTerms(loss, loss, torch.zeros_like(loss), logits)
 
     def _worst(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from .adversarial import check_label_smoothing, cross_entropies
 from .checks import check_autograd, check_choice, check_input, refuse_compiled
 from .inner_pass import frozen_statistics, implementation, logits_of, samples_interact
 from .integrated_gradients import check_pair, find_layer, path_terms
-from .loss import LossTerms, _mean
+from .loss import LossTerms, mean_of_counted
 from .schedules import Schedule, check_weight, is_zero, weight_at
 
 SIZES = ("l1", "l2", "sum")
@@ -225,7 +225,7 @@ class RobustAttributionLoss(_Regularisation):
         with implementation(self.fast):
             moved = self._attack(model, x.detach(), y, layer, weight, shared)
             terms = self._terms(model, moved, x, y, self.path_steps, layer, shared)
-        cross_entropy, size = _mean(terms.cross_entropy, y), terms.size.mean()
+        cross_entropy, size = mean_of_counted(terms.cross_entropy, y), terms.size.mean()
         total = cross_entropy if is_zero(weight) else cross_entropy + weight * size
         return LossTerms(total, cross_entropy, size, terms.logits)
 

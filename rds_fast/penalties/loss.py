@@ -147,7 +147,7 @@ class PenalizedLoss:
             )
         with implementation(self.fast):
             losses, penalty, logits = (self._terms if applied else self._without_penalty)(model, x, y)
-            cross_entropy = _mean(losses, y)
+            cross_entropy = mean_of_counted(losses, y)
         if applied and self.every > 1:
             penalty = self.every * penalty
         if isinstance(weight, Tensor):
@@ -220,7 +220,7 @@ class PenalizedLoss:
         return cross_entropy_with_logsumexp(logits, y, label_smoothing=self.label_smoothing)[0]
 
 
-def _mean(cross_entropy: Tensor, y: Tensor) -> Tensor:
+def mean_of_counted(cross_entropy: Tensor, y: Tensor) -> Tensor:
     """The mean over the samples that count, as ``torch.nn.functional.cross_entropy`` takes it."""
     if y.is_floating_point():
         return cross_entropy.mean()
