@@ -188,7 +188,8 @@ def samples_interact(model: Callable[[Tensor], Tensor]) -> bool:
     if not isinstance(model, torch.nn.Module):
         return True
     return any(
-        (module.training and module._buffers) or (isinstance(module, _BatchNorm) and module.running_mean is None)
+        (module.training and any(buffer is not None for buffer in module._buffers.values()))
+        or (isinstance(module, _BatchNorm) and module.running_mean is None)
         for module in model.modules()
     )
 
@@ -199,17 +200,6 @@ def _is_batch_norm(module: torch.nn.Module) -> bool:
         _BatchNorm.forward,
         torch.nn.SyncBatchNorm.forward,
     )
-
-
-def couples_samples(model: Callable[[Tensor], Tensor]) -> bool:
-    """Whether a sample's logits depend on the others in its batch: batch norm that uses the batch's statistics.
-
-    A model that is no module cannot be looked into, and is taken to.
-    """
-    if not isinstance(model, torch.nn.Module):
-        return True
-    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
-    return any(norm.training or norm.running_mean is None for norm in norms)
 
 
 def reduce(penalty: Tensor, reduction: str) -> Tensor:

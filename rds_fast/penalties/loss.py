@@ -16,7 +16,14 @@ from ..double_backward import fast_double_backward
 from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..ops.inputs import check_number
 from .checks import IGNORED, check_autograd, check_input
-from .inner_pass import couples_samples, differentiable_input, forward, frozen_statistics, implementation, logits_of
+from .inner_pass import (
+    differentiable_input,
+    forward,
+    frozen_statistics,
+    implementation,
+    logits_of,
+    samples_interact,
+)
 from .schedules import Schedule, check_steps, check_weight, weight_at
 
 
@@ -70,9 +77,10 @@ class PenalizedLoss:
     - Batch norm uses the statistics of the batch, and the cross-entropy needs those of the whole batch: one plain
       forward of all N, then the penalty's own of the n, with *their* statistics (and the running ones left alone), at
       1 + s r. From s = ½ on that saves no arithmetic. The estimate is then unbiased for the penalty of batches of n.
-      The same two forwards serve a model that is no ``torch.nn.Module``, and penalties with the call alone.
+      The same two forwards serve whatever else has buffers in train mode, a model that is no ``torch.nn.Module``, and
+      penalties with the call alone.
 
-    Batch norm is recognised by PyTorch's classes; a layer of one's own that mixes samples is not.
+    Batch norm is recognised by PyTorch's classes; a layer of one's own that mixes samples, without buffers, is not.
 
     Args:
         penalty: a callable ``penalty(model, x, y)`` to a scalar, such as ``rds_fast.DensityPenalty()``; with a share
@@ -177,7 +185,7 @@ class PenalizedLoss:
         if y.shape[:1] != x.shape[:1]:
             raise ValueError(f"y has shape {tuple(y.shape)}; it must have a row for each of the {len(x)} samples of x")
         order = torch.randperm(len(x), device=x.device, generator=self.generator)
-        if shares_forward and not couples_samples(model):
+        if shares_forward and not samples_interact(model):
             return self._cut(model, x, y, order, drawn)
         return self._apart(model, x, y, x[order[:drawn]], y[order[:drawn]])
 

@@ -19,11 +19,12 @@ from torch.nn.functional import cross_entropy
 from bench.counting import Count, Traffic
 from rds_fast.nn import fuse
 from rds_fast.penalties.density import DensityPenalty
-from rds_fast.penalties.inner_pass import PerSample, couples_samples
+from rds_fast.penalties.inner_pass import PerSample, samples_interact
 from rds_fast.penalties.input_gradient import InputGradientPenalty
 from rds_fast.penalties.jacobian import JacobianPenalty
 from rds_fast.penalties.loss import PenalizedLoss
 from rds_fast.penalties.matching import GradientMatchingPenalty
+from rds_fast.training.normalization import NormalizedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,13 +249,25 @@ def test_errors() -> None:
     assert empty.total.isnan()  # as the mean of nothing is in PyTorch
 
 
-def test_what_couples_samples() -> None:
+def test_where_samples_interact() -> None:
     norm = nn.BatchNorm1d(3)
-    assert couples_samples(nn.Sequential(norm))
-    assert not couples_samples(nn.Sequential(norm).eval())
-    assert couples_samples(nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)).eval())
-    assert not couples_samples(nn.Sequential(nn.GroupNorm(1, 3), nn.LayerNorm(3), nn.InstanceNorm1d(3), nn.Dropout()))
-    assert couples_samples(lambda x: x)  # cannot be looked into
+    assert samples_interact(nn.Sequential(norm))
+    assert not samples_interact(nn.Sequential(norm).eval())
+    assert samples_interact(nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)).eval())
+    assert not samples_interact(nn.Sequential(nn.GroupNorm(1, 3), nn.LayerNorm(3), nn.InstanceNorm1d(3), nn.Dropout()))
+    assert samples_interact(nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True)))  # which moves once a step
+    normalized = NormalizedModel(nn.Linear(3, 2), torch.zeros(1), torch.ones(1))
+    assert not samples_interact(normalized.train())  # whose buffers no forward moves
+    assert samples_interact(lambda x: x)  # cannot be looked into
+
+
+def test_a_spectral_norm_iterates_once_a_step() -> None:
+    x, y = batch()
+    model = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.spectral_norm(nn.Linear(x[0].numel(), CLASSES)))
+    alone = copy.deepcopy(model.to(x.dtype))
+    alone(x)
+    PenalizedLoss(DensityPenalty(), share=0.5)(model, x, y)
+    torch.testing.assert_close(dict(model.named_buffers()), dict(alone.named_buffers()), rtol=0, atol=0)
 
 
 def convolutions(norm: bool) -> nn.Module:
