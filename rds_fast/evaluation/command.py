@@ -17,6 +17,7 @@ from ..training import runs
 from ..training.checkpoints import write_atomically
 from ..training.devices import cpu_threads
 from ..training.extras import require
+from ..training.fields import put_options
 from . import comparison, report, table
 from .evaluate import evaluate_run
 from .metrics import METRICS
@@ -164,11 +165,4 @@ def command_line() -> str:
     return shlex.join(["rds-fast", *sys.argv[1:]])
 
 
-def _with_options(function: Any) -> None:
-    """Put an option for each setting in the place of ``**options``."""
-    signature = inspect.signature(function, eval_str=True)
-    fixed = [parameter for name, parameter in signature.parameters.items() if name != "options"]
-    function.__signature__ = signature.replace(parameters=[*fixed, *map(_option, FIELDS)])
-
-
-_with_options(evaluate)
+put_options(evaluate, "options", map(_option, FIELDS))

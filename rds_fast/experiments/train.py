@@ -15,6 +15,7 @@ import typer
 
 from ..training import runs
 from ..training.config import FIELDS, TrainingConfig
+from ..training.fields import put_options
 from ..training.loop import TrainingInterrupted
 from ..training.loop import train as train_model
 from . import recipes, words
@@ -126,11 +127,4 @@ def _resume_command(out: Path) -> str:
     return shlex.join([*program, "train", "--out", str(out), "--resume"])
 
 
-def _with_options(function: Any) -> None:
-    """Put an option for each setting in the place of ``**settings``."""
-    signature = inspect.signature(function, eval_str=True)
-    fixed = [parameter for name, parameter in signature.parameters.items() if name != "settings"]
-    function.__signature__ = signature.replace(parameters=[*fixed, *map(_option, FIELDS)])
-
-
-_with_options(train)
+put_options(train, "settings", map(_option, FIELDS))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -24,3 +26,10 @@ def setting(
         only: another setting, and the values of it with which this one has an effect.
     """
     return dataclasses.field(default=default, metadata={"group": group, "help": help, "names": names, "only": only})
+
+
+def put_options(function: Any, placeholder: str, options: Iterable[inspect.Parameter]) -> None:
+    """Give a command an option for each setting, in the place of its ``**placeholder``."""
+    signature = inspect.signature(function, eval_str=True)
+    fixed = [parameter for name, parameter in signature.parameters.items() if name != placeholder]
+    function.__signature__ = signature.replace(parameters=[*fixed, *options])

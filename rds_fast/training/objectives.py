@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -125,12 +125,7 @@ def _loss_under_attack(config: TrainingConfig, weight: Schedule) -> Loss:
     return RobustAttributionLoss(
         weight,
         config.epsilon,
-        path_steps=config.path_steps,
-        attack_steps=config.attack_steps,
-        attack_step_size=config.attack_step_size,
-        attack_path_steps=config.attack_path_steps,
-        size=config.attribution_size,
-        layer=config.attribution_layer,
+        **_path_and_attack(config),
         label_smoothing=config.label_smoothing,
         fast=config.fast,
     )
@@ -145,15 +140,19 @@ def _penalty(config: TrainingConfig, classes: int, device: torch.device | str) -
         return JacobianPenalty(projections=config.projections or None)
     if config.objective == "gradient-matching":
         return GradientMatchingPenalty(_teacher(config, classes, device), p=config.p, power=config.power, of=config.of)
-    return AttributionPenalty(
-        config.epsilon,
-        path_steps=config.path_steps,
-        attack_steps=config.attack_steps,
-        attack_step_size=config.attack_step_size,
-        attack_path_steps=config.attack_path_steps,
-        size=config.attribution_size,
-        layer=config.attribution_layer,
-    )
+    return AttributionPenalty(config.epsilon, **_path_and_attack(config))
+
+
+def _path_and_attack(config: TrainingConfig) -> dict[str, Any]:
+    """What both forms of robust attribution regularisation share."""
+    return {
+        "path_steps": config.path_steps,
+        "attack_steps": config.attack_steps,
+        "attack_step_size": config.attack_step_size,
+        "attack_path_steps": config.attack_path_steps,
+        "size": config.attribution_size,
+        "layer": config.attribution_layer,
+    }
 
 
 def _teacher(config: TrainingConfig, classes: int, device: torch.device | str) -> nn.Module:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from rds_fast.__main__ import main
 from rds_fast.evaluation.settings import FIELDS
 
 for package in ("typer", "rich", "matplotlib", "safetensors"):
@@ -19,17 +17,6 @@ for package in ("typer", "rich", "matplotlib", "safetensors"):
 
 Call = Callable[..., tuple[int, str, str]]
 FAST = ("--steps", 2, "--limit", 40, "--device", "cpu", "--threads", 1)
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    def run_main(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rds-fast", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        return int(exit_.value.code or 0), *capsys.readouterr()
-
-    return run_main
 
 
 @pytest.fixture

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from rds_fast.__main__ import main
 from rds_fast.experiments import recipes
 
 for package in ("typer", "rich", "safetensors"):
@@ -20,17 +18,6 @@ Call = Callable[..., tuple[int, str, str]]
 
 SMALL = ("data=synthetic", "image_size=8", "classes=3", "train_size=40", "model=cnn", "epochs=1", "batch_size=8")
 SMALL += ("evaluation.steps=2", "--device", "cpu", "--threads", "1")
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    def run_main(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rds-fast", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        return int(exit_.value.code or 0), *capsys.readouterr()
-
-    return run_main
 
 
 def test_recipes_are_listed_and_shown(call: Call) -> None:
