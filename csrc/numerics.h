@@ -142,11 +142,14 @@ struct NormState<T, NormOrder::infinity> {
   RDS_FAST_HOST_DEVICE T value(T) const { return scale; }
 };
 
-// Whether Σ x², summed without a scale over 2¹⁴ values or fewer, is right: no square and no sum of 2²⁸ such sums
-// overflowed, and what underflowed, at most 2⁻¹⁵⁰ (2⁻¹⁰⁷⁵) a value, is below half an ulp of it. NaN and infinity:
-// false.
-RDS_FAST_HOST_DEVICE bool sum_of_squares_is_safe(float sum) { return sum >= 0x1p-100f && sum <= 0x1p100f; }
-RDS_FAST_HOST_DEVICE bool sum_of_squares_is_safe(double sum) { return sum >= 0x1p-960 && sum <= 0x1p960; }
+// Σ x², summed without a scale over 2¹⁴ values or fewer, is right between these bounds: no square and no sum of 2²⁸
+// such sums overflowed, and what underflowed, at most 2⁻¹⁵⁰ (2⁻¹⁰⁷⁵) a value, is below half an ulp of it. NaN and
+// infinity are outside.
+template <typename T>
+struct SafeSumOfSquares {
+  static constexpr T least = sizeof(T) == 4 ? 0x1p-100 : 0x1p-960;
+  static constexpr T largest = sizeof(T) == 4 ? 0x1p100 : 0x1p960;
+};
 
 // x / n with one division a row: (x · scale) · reciprocal. scale is a power of two that keeps 1/n a normal number where
 // n is nearly as small or as large as numbers are.

@@ -32,7 +32,7 @@ template <typename T>
 RDS_FAST_INLINE State<T, NormOrder::two> sum_of_squares(const T* x, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const A sum = sum_over(x, begin, end, [](Vec<T> values) { return values * values; });
-  if (sum_of_squares_is_safe(sum)) return {A(1), sum};
+  if (sum >= SafeSumOfSquares<A>::least && sum <= SafeSumOfSquares<A>::largest) return {A(1), sum};
   const A max = largest_magnitude(x, begin, end);
   if (max == A(0) || is_infinite(max)) return {max, sum};  // sum: 0, infinity or NaN
   return {max, sum_over(x, begin, end, [&](Vec<T> values) { return (values / max) * (values / max); })};

@@ -6,8 +6,9 @@
 
 namespace rds_fast::cpu::RDS_FAST_CAPABILITY {
 
+// Out of line: a call of pow a lane would take the registers of the loop around it.
 template <typename T, typename F>
-RDS_FAST_INLINE Vec<T> each_lane(Vec<T> v, F f) {
+__attribute__((noinline)) Vec<T> each_lane(Vec<T> v, F f) {
   Acc<T> lanes[kLanes<T>];
   store(lanes, v);
   for (int64_t lane = 0; lane < kLanes<T>; ++lane) lanes[lane] = f(lanes[lane]);
@@ -15,7 +16,10 @@ RDS_FAST_INLINE Vec<T> each_lane(Vec<T> v, F f) {
 }
 template <typename T>
 RDS_FAST_INLINE Vec<T> square_roots(Vec<T> v) {
-  return each_lane<T>(v, [](Acc<T> lane) { return square_root(lane); });
+  Acc<T> lanes[kLanes<T>];
+  store(lanes, v);
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) lanes[lane] = square_root(lanes[lane]);
+  return load(lanes);
 }
 
 // power_of_norm, first_factor and second_factor_root of numerics.h, lane by lane: the powers 1 and 2 without a call.
@@ -97,32 +101,12 @@ struct TileNorms {
   }
 };
 
-template <typename T>
-RDS_FAST_INLINE bool all_safe(Vec<T> sums) {
-  Acc<T> lanes[kLanes<T>];
-  store(lanes, sums);
-  bool safe = true;
-  for (int64_t lane = 0; lane < kLanes<T>; ++lane) safe &= sum_of_squares_is_safe(lanes[lane]);
-  return safe;
-}
-
 template <typename T, NormOrder order>
 void short_norm_forward(const Shape& shape, Rows x, Acc<T> p, Acc<T> k, Results result, Saved saved) {
   using A = Acc<T>;
   A* const kept = static_cast<A*>(saved.data);
-  const FlatRows<T> rows(shape.columns);
-  for_tiles<T>(shape, [&](int64_t first, int64_t count) {
-    if constexpr (order == NormOrder::two) {
-      // Not at the end of the memory: row_sums reads on beyond the tile.
-      if (x.stride >= shape.columns && first + 2 * kLanes<T> <= shape.rows) {
-        const Vec<T> sums = rows.row_sums(row_of<T>(x, first), x.stride, [](Vec<T> values) { return values * values; });
-        if (all_safe<T>(sums)) {
-          const Vec<T> n = square_roots<T>(sums);
-          store(kept + first, n);
-          return set_results<T>(result, first, count, powers_of_norms<T>(n, k));
-        }
-      }
-    }
+  // Out of line, or it would take the registers of the loop below.
+  const auto transposed = [&](int64_t first, int64_t count) __attribute__((noinline)) {
     Tile<T> values;
     values.gather(shape, x, first, count);
     const TileNorms<T, order> norms(values, shape.columns, p);
@@ -135,6 +119,19 @@ void short_norm_forward(const Shape& shape, Rows x, Acc<T> p, Acc<T> k, Results 
       store_part(kept + first, norms.n, count);
     }
     set_results<T>(result, first, count, powers_of_norms<T>(norms.n, k));
+  };
+  if (order != NormOrder::two || x.stride < shape.columns) return for_tiles<T>(shape, transposed);
+  const FlatRows<T> rows(shape.columns);
+  for_tiles<T>(shape, [&](int64_t first, int64_t count) __attribute__((always_inline)) {
+    using Safe = SafeSumOfSquares<A>;
+    // Not at the end of the memory: row_sums reads on beyond the tile.
+    if (first + 2 * kLanes<T> > shape.rows) return transposed(first, count);
+    const Vec<T> sums = rows.row_sums(row_of<T>(x, first), x.stride, [](Vec<T> values) { return values * values; });
+    if (!holds_everywhere((sums >= splat<T>(Safe::least)) & (sums <= splat<T>(Safe::largest))))
+      return transposed(first, count);
+    const Vec<T> n = square_roots<T>(sums);
+    store(kept + first, n);
+    set_results<T>(result, first, count, powers_of_norms<T>(n, k));
   });
 }
 

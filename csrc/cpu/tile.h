@@ -126,16 +126,24 @@ struct FlatRows {
   // The i-th vector of values that there is one of for each row.
   RDS_FAST_INLINE Vec<T> spread(Vec<T> of_rows, int64_t i) const { return permuted<T>(of_rows, row_of_lane[i]); }
 
+  RDS_FAST_INLINE Vec<T> last_of_row(Vec<T> values) const { return lane_in_row ? values : Vec<T>{}; }
+
   // Σ f(value) over each of L rows that start stride values apart. Up to L − 1 values beyond the last row are read.
   template <typename From, typename F>
   RDS_FAST_INLINE Vec<T> row_sums(const From* from, int64_t stride, F f) const {
+    if (columns <= L) {  // with a block of its own: one that the loop below adds to would be kept in memory
+      Vec<T> block[L];
+#pragma GCC unroll 16
+      for (int64_t row = 0; row < L; ++row) block[row] = last_of_row(f(load(from + row * stride)));
+      return sums_of_vectors<T>(block);
+    }
     const int64_t last = (columns - 1) / L * L;
     Vec<T> block[L];
 #pragma GCC unroll 16
-    for (int64_t row = 0; row < L; ++row) {
-      const Vec<T> rest = f(load(from + row * stride + last));
-      block[row] = lane_in_row ? rest : Vec<T>{};
-      for (int64_t c = 0; c < last; c += L) block[row] += f(load(from + row * stride + c));
+    for (int64_t row = 0; row < L; ++row) block[row] = last_of_row(f(load(from + row * stride + last)));
+    for (int64_t c = 0; c < last; c += L) {
+#pragma GCC unroll 16
+      for (int64_t row = 0; row < L; ++row) block[row] += f(load(from + row * stride + c));
     }
     return sums_of_vectors<T>(block);
   }

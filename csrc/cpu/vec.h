@@ -130,6 +130,20 @@ RDS_FAST_INLINE Acc<T> largest_lane(Vec<T> v) {
   return lanes[0];
 }
 
+// Whether a comparison holds in every lane. Its lanes are 0 or −1.
+RDS_FAST_INLINE bool holds_everywhere(IntVec comparison) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)comparison) == 0xffff;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)comparison) == -1;
+#else
+  bool holds = true;
+  for (int64_t lane = 0; lane < kLanes<float>; ++lane) holds &= comparison[lane] != 0;
+  return holds;
+#endif
+}
+RDS_FAST_INLINE bool holds_everywhere(LongVec comparison) { return holds_everywhere(bits_as<IntVec>(comparison)); }
+
 RDS_FAST_INLINE FloatVec load(const float* from) {
   FloatVec v;
   std::memcpy(&v, from, sizeof(v));
