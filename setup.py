@@ -107,4 +107,4 @@ def extensions() -> list[Extension]:
     return []
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative})
+setup(license="BSD-3-Clause", ext_modules=extensions(), cmdclass={"build_ext": BuildNative})

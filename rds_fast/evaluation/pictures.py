@@ -101,6 +101,7 @@ def weight_choice(
     chosen: Mapping[str, float],
     baseline: tuple[float, float],
     margin: float,
+    colours: Mapping[str, str],
 ) -> str:
     """Accuracy against accuracy under PGD of every candidate weight, on the validation split, as an SVG element.
 
@@ -109,13 +110,16 @@ def weight_choice(
         chosen: title -> the weight that was chosen.
         baseline: the two accuracies of cross-entropy alone.
         margin: the loss of accuracy that the rule allows.
+        colours: title -> colour, as on the rest of the page; the others take what is left.
     """
     with _style():
         figure = _figure(10.0, 4.2)
         axis = figure.subplots()
         axis.axvspan(100 * (baseline[0] - margin), 101, color=_SHADE, zorder=0)
         axis.plot(100 * baseline[0], 100 * baseline[1], "s", color=COLOURS[0], markersize=8, label="cross-entropy")
-        for (title, points), colour in zip(candidates.items(), COLOURS[1:], strict=False):
+        left = (colour for colour in COLOURS[1:] if colour not in colours.values())
+        for title, points in candidates.items():
+            colour = colours.get(title) or next(left, COLOURS[0])
             accuracies, robust = [100 * p[1] for p in points], [100 * p[2] for p in points]
             axis.plot(accuracies, robust, "-o", color=colour, label=title, linewidth=1.5, markersize=4)
             ring = {"markersize": 14, "markerfacecolor": "none", "markeredgecolor": colour, "markeredgewidth": 2}

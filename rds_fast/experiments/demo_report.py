@@ -8,6 +8,7 @@ from typing import Any
 from ..evaluation import page, pictures, report
 from ..evaluation.comparison import Comparison
 from ..training import data
+from .demo import label
 from .sweep import candidates
 
 _TITLE = "What a penalty on the input gradient does"
@@ -36,13 +37,13 @@ def render(
         splits: the data, where they are loaded already.
     """
     lead = _LEAD.format(samples=comparison.first.evaluation.samples)
-    choice = page.section("How the weights were chosen", _choice(record))
+    choice = page.section("How the weights were chosen", _choice(record, report.colours_of(comparison)))
     return report.render(
         comparison, title=_TITLE, lead=lead, splits=splits, commands=commands, duel=duel, extra=[choice]
     )
 
 
-def _choice(record: Mapping[str, Any]) -> str:
+def _choice(record: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     selection, titles = record["selection"], {name: v["title"] for name, v in record["variants"].items()}
     found = {name: candidates(record, name) for name in record["choices"]}
     (baseline,) = found.pop(selection["baseline"])
@@ -50,13 +51,14 @@ def _choice(record: Mapping[str, Any]) -> str:
         titles[name]: [(c.settings["weight"], c.accuracy, c.measure) for c in each] for name, each in found.items()
     }
     chosen = {titles[name]: record["choices"][name]["settings"]["weight"] for name in found}
+    of_chosen = {titles[name]: colours[kind] for name in found if (kind := label(record, name)) in colours}
     weights = dict.fromkeys(weight for each in shown.values() for weight, _, _ in each)
     caption = (
         f"Every penalty had the same {len(weights)} candidates, {', '.join(f'{weight:g}' for weight in weights)}, and "
         f"one rule: {record['rule']}. Seeds: {', '.join(map(str, record['seeds']))}. The test split had no part in it."
     )
     baseline_point = (baseline.accuracy, baseline.measure)
-    picture = pictures.weight_choice(shown, chosen, baseline_point, selection["margin"])
+    picture = pictures.weight_choice(shown, chosen, baseline_point, selection["margin"], of_chosen)
     return page.captioned(picture, caption) + page.note(" ".join(_flags(record, titles)))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -66,9 +67,14 @@ def sweep(
     _check_measured(plan.recipe.selection.measure, settings)
     out = Path(out)
     fresh = _fresh(plan, settings)
+    made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     with alone(out):
-        return _sweep(plan, out, settings, test, fresh, command, report)
+        try:
+            return _sweep(plan, out, settings, test, fresh, command, report)
+        finally:
+            if made and {path.name for path in out.iterdir()} <= {LOCK}:  # refused before any run
+                shutil.rmtree(out)
 
 
 def _check_measured(measure: str, settings: EvaluationSettings) -> None:

@@ -128,7 +128,10 @@ def _content(run_dir: Path) -> dict[str, Any]:
             "evaluation": dict(content.get("evaluation", {})),
         }
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); expected the settings of a run") from error
+        raise ValueError(
+            f"{path} is damaged ({error!r}); expected the settings of a run. Restore it, from another run of the same "
+            "settings if need be, or start the run again in an empty folder"
+        ) from error
 
 
 def _read(run_dir: Path) -> tuple[TrainingConfig, dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from rds_fast.evaluation import report
 from rds_fast.evaluation.comparison import Comparison, compare
 from rds_fast.evaluation.report import spoken
 from rds_fast.evaluation.settings import EvaluationSettings
@@ -121,6 +122,18 @@ def test_the_page_holds_the_figures_of_the_table(page: str, comparison: Comparis
         for cell, column in zip(re.findall(r"<td.*?</td>", row), shown, strict=True):
             mean, error = means[group.title][column.figure]
             assert f">{column.text(mean)}<small>{column.error_text(error)}</small>" in cell
+
+
+def test_a_kind_of_model_has_one_colour_throughout_the_page(
+    comparison: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(demo_report.pictures, "weight_choice", lambda *given: calls.append(given) or "")
+    demo_report._choice(record(), report.colours_of(comparison))
+    (given,) = calls
+    colours = report.colours_of(comparison)
+    assert given[-1] == {label.partition(", λ")[0]: colour for label, colour in colours.items() if label != BASELINE}
+    assert len(set(colours.values())) == 4
 
 
 def test_the_page_holds_verdicts_settings_and_commands(page: str, comparison: Comparison) -> None:

@@ -167,8 +167,9 @@ def test_what_cannot_be_measured_is_said_before_any_training(tmp_path: Path, cou
     with pytest.raises(ValueError, match="the metric groups cannot be measured: these data have no groups"):
         sweep(PLAN, tmp_path, groups, report=quiet)
     with pytest.raises(ValueError, match="the metric groups cannot be measured: these data have no groups"):
-        sweep(PLAN, tmp_path, CHOOSING, test=groups, report=quiet)
+        sweep(PLAN, tmp_path / "new", CHOOSING, test=groups, report=quiet)
     assert counted == []
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_chosen_are_measured_on_the_test_split_once(tmp_path: Path) -> None:

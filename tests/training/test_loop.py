@@ -388,6 +388,13 @@ def test_a_damaged_model_is_written_again(splits: Splits, tmp_path: Path) -> Non
     assert again.validation_accuracy == straight.validation_accuracy
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"data": {}}'])
+def test_damaged_settings_say_what_helps(tmp_path: Path, content: str) -> None:
+    (tmp_path / runs.CONFIG).write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json is damaged .*start the run again in an empty folder"):
+        runs.read_config(tmp_path)
+
+
 def test_each_epoch_is_validated_once(splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[float] = []
     original = loop.evaluate_accuracy
