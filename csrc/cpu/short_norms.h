@@ -6,9 +6,8 @@
 
 namespace rds_fast::cpu::RDS_FAST_CAPABILITY {
 
-// Out of line: a call of pow a lane would take the registers of the loop around it.
 template <typename T, typename F>
-__attribute__((noinline)) Vec<T> each_lane(Vec<T> v, F f) {
+RDS_FAST_INLINE Vec<T> each_lane(Vec<T> v, F f) {
   Acc<T> lanes[kLanes<T>];
   store(lanes, v);
   for (int64_t lane = 0; lane < kLanes<T>; ++lane) lanes[lane] = f(lanes[lane]);
@@ -16,10 +15,7 @@ __attribute__((noinline)) Vec<T> each_lane(Vec<T> v, F f) {
 }
 template <typename T>
 RDS_FAST_INLINE Vec<T> square_roots(Vec<T> v) {
-  Acc<T> lanes[kLanes<T>];
-  store(lanes, v);
-  for (int64_t lane = 0; lane < kLanes<T>; ++lane) lanes[lane] = square_root(lanes[lane]);
-  return load(lanes);
+  return each_lane<T>(v, [](Acc<T> lane) { return square_root(lane); });
 }
 
 // power_of_norm, first_factor and second_factor_root of numerics.h, lane by lane: the powers 1 and 2 without a call.
