@@ -115,20 +115,19 @@ Tensor batch_norm_input_gradient(const Tensor& u, const Tensor& x, const MaybeTe
   return gx;
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(const MaybeTensor& v, const MaybeTensor& vweight,
-                                                              const MaybeTensor& vbias, const MaybeTensor& vresidual,
-                                                              const Tensor& u, const Tensor& x, const MaybeTensor& y,
-                                                              const MaybeTensor& weight, const MaybeTensor& bias,
-                                                              const Tensor& mean, const Tensor& var, bool training,
-                                                              double eps, bool relu) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_double_backward(
+    const MaybeTensor& v, const MaybeTensor& vweight, const MaybeTensor& vbias, const MaybeTensor& vresidual,
+    const Tensor& u, const Tensor& x, const MaybeTensor& y, const MaybeTensor& weight, const MaybeTensor& bias,
+    const Tensor& mean, const Tensor& var, bool training, double eps, bool relu, bool input_gradient) {
   const bool has_dx = training || vweight.has_value();
-  Tensor du = empty_as(x), dx = empty_if(has_dx, x), dweight = empty_channels(x);
+  Tensor du = empty_as(x), dx = empty_if(has_dx, x), gx = empty_if(input_gradient, x), dweight = empty_channels(x);
   const Parameters parameters(x, weight, bias, mean, var);
   const MaybeTensor of_weight = accumulated(vweight, x), of_bias = accumulated(vbias, x);
   kernels().batch_norm_double_backward(
       shape_of(x), {data_of(v), data_of(of_weight), data_of(of_bias), data_of(vresidual)}, u.data_ptr(), x.data_ptr(),
-      data_of(y), parameters.norm(training, eps, relu), du.data_ptr(), data_if(has_dx, dx), dweight.data_ptr());
-  return {du, dx, in_dtype_of(weight, dweight)};
+      data_of(y), parameters.norm(training, eps, relu), du.data_ptr(), data_if(has_dx, dx), dweight.data_ptr(),
+      data_if(input_gradient, gx));
+  return {du, dx, in_dtype_of(weight, dweight), gx};
 }
 
 }  // namespace
@@ -150,8 +149,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rds_fast_native, m) {
       "Tensor sums, bool training, float eps, bool relu) -> Tensor");
   m.def(
       "batch_norm_double_backward(Tensor? v, Tensor? vweight, Tensor? vbias, Tensor? vresidual, Tensor u, Tensor x, "
-      "Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, bool training, float eps, bool relu) -> "
-      "(Tensor, Tensor, Tensor)");
+      "Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, bool training, float eps, bool relu, "
+      "bool input_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rds_fast_native, CPU, m) {

@@ -71,23 +71,25 @@ def by_kernels(kernels: Any, i: Inputs, training: bool, eps: float, relu: bool) 
         i.u, None if source is None else i.other_u, i.x, source, *affine, i.x_cotangent, training, eps, relu
     )
     u = i.u if source is None else gresidual
-    du, dx, dweight = kernels.batch_norm_double_backward(
-        i.v, i.vweight, i.vbias, i.vresidual, u, i.x, source, *affine, training, eps, relu
-    )
+    of_second = (i.v, i.vweight, i.vbias, i.vresidual, u, i.x, source, *affine, training, eps, relu)
+    du, dx, dweight, none = kernels.batch_norm_double_backward(*of_second, False)
+    du_beside, dx_beside, dweight_beside, gx_beside = kernels.batch_norm_double_backward(*of_second, True)
+    assert none.numel() == 0
     mask_from_x = relu and source is None
     again = kernels.batch_norm_input_gradient(u, i.x, *affine, sums_of_u, training, eps, mask_from_x)
     assert torch.equal(again, gx) or i.x_cotangent is not None
     assert gresidual.numel() == (0 if source is None else i.x.numel())
     assert dx.numel() == (i.x.numel() if training or i.vweight is not None else 0)
     results = {"y": y, "gx": gx, "again": again, "gresidual": gresidual, "du": du, "dx": dx}
+    results |= {"gx_beside": gx_beside, "du_beside": du_beside, "dx_beside": dx_beside}
     results = {name: t for name, t in results.items() if t.numel()}
     for name, t in results.items():
         assert t.dtype == i.x.dtype, name
         assert t.stride() == i.x.stride(), name
-    sums = {"gweight": gweight, "gbias": gbias, "dweight": dweight}
+    sums = {"gweight": gweight, "gbias": gbias, "dweight": dweight, "dweight_beside": dweight_beside}
     if training:
         sums |= {"mean": mean, "var": var}
-    of = {"gweight": i.weight, "gbias": i.bias, "dweight": i.weight}
+    of = {"gweight": i.weight, "gbias": i.bias, "dweight": i.weight, "dweight_beside": i.weight}
     for name, t in sums.items():
         parameter = of.get(name)
         assert t.dtype == (accumulation_dtype(i.x.dtype) if parameter is None else parameter.dtype), name
@@ -128,11 +130,13 @@ def by_definition(i: Inputs, training: bool, eps: float, open_relu: Tensor | Non
         du, dx, dweight = torch.autograd.grad(outputs, (u, x, weight), directions, materialize_grads=True)
     gx = gradients[0] if i.x_cotangent is None else gradients[0] + i.x_cotangent.double()
     truth = {"y": y, "gx": gx, "again": gradients[0], "gresidual": gradients[3], "du": du, "dx": dx}
+    truth |= {"gx_beside": gradients[0], "du_beside": du, "dx_beside": dx, "dweight_beside": dweight}
     truth |= {"gweight": gradients[1], "gbias": gradients[2], "dweight": dweight, "mean": mean, "var": var}
     masked = gradients[3]  # u'
     v = torch.zeros_like(x) if i.v is None else i.v.double()
     terms = {"gweight": masked * normalised, "gbias": masked, "dweight": r.view(shape) * masked * v, "mean": x}
     sizes = {name: t.detach().square().sum(dims).sqrt() for name, t in terms.items()}
+    sizes["dweight_beside"] = sizes["dweight"]
     sizes["mean"] = sizes["mean"] / (x.numel() / x.shape[1]) ** 0.5
     return {name: t.detach() for name, t in truth.items()}, sizes
 

@@ -119,7 +119,7 @@ def given(
 
 
 class Results(NamedTuple):
-    """du is masked; without a residual there is no gresidual, without need no dx: None."""
+    """du is masked; without a residual there is no gresidual, without need no dx: None. gx_again has no x_cotangent."""
 
     y: Tensor
     gx: Tensor
@@ -129,6 +129,7 @@ class Results(NamedTuple):
     du: Tensor
     dx: Tensor | None
     dweight: Tensor
+    gx_again: Tensor
     mean: Tensor
     var: Tensor
 
@@ -145,13 +146,18 @@ def run(t: Given, case: Case) -> Results:
     gx, gweight, gbias, gresidual, _ = native.batch_norm_backward(t.u, None, t.x, *rest, t.x_cotangent, *flags)
     assert gresidual.numel() == (0 if source is None else t.x.numel())
     u = t.u if source is None else gresidual
-    du, dx, dweight = native.batch_norm_double_backward(t.v, t.vweight, t.vbias, t.vresidual, u, t.x, *rest, *flags)
-    for result in (y, gx, du, *(() if source is None else (gresidual,))):
+    arguments = (t.v, t.vweight, t.vbias, t.vresidual, u, t.x, *rest, *flags)
+    du, dx, dweight, gx_again = native.batch_norm_double_backward(*arguments, True)
+    *alone, none = native.batch_norm_double_backward(*arguments, False)
+    assert none.numel() == 0
+    for one, beside in zip(alone, (du, dx, dweight), strict=True):
+        torch.testing.assert_close(one, beside, rtol=0, atol=0, equal_nan=True)
+    for result in (y, gx, du, gx_again, *(() if source is None else (gresidual,))):
         assert result.stride() == t.x.stride()
     has_dx = case.training or t.vweight is not None
     assert dx.stride() == t.x.stride() if has_dx else dx.shape == (0,)
     return Results(y, gx, gweight, gbias, None if source is None else gresidual, du, dx if has_dx else None,
-                   dweight, mean, var)  # fmt: skip
+                   dweight, gx_again, mean, var)  # fmt: skip
 
 
 def autograd(t: Given, case: Case, mask: Tensor) -> Results:
@@ -177,9 +183,9 @@ def autograd(t: Given, case: Case, mask: Tensor) -> Results:
         firsts, (t.v, t.vweight, t.vbias, t.vresidual), strict=True)]  # fmt: skip
     seconds = torch.autograd.grad(firsts, (u, x, weight), cotangents, allow_unused=True)
     seconds = [torch.zeros_like(i) if s is None else s for s, i in zip(seconds, (u, x, weight), strict=True)]
-    gx, gweight, gbias, gresidual = (f.detach() for f in firsts)
-    gx = gx if t.x_cotangent is None else gx + t.x_cotangent
-    return Results(y.detach(), gx, gweight, gbias, gresidual, *seconds, mean.detach(), var.detach())
+    gx_again, gweight, gbias, gresidual = (f.detach() for f in firsts)
+    gx = gx_again if t.x_cotangent is None else gx_again + t.x_cotangent
+    return Results(y.detach(), gx, gweight, gbias, gresidual, *seconds, gx_again, mean.detach(), var.detach())
 
 
 def size_of_terms(t: Given, case: Case, truth: Results) -> dict[str, Tensor]:
@@ -198,6 +204,7 @@ def size_of_terms(t: Given, case: Case, truth: Results) -> dict[str, Tensor]:
     count = t.x.numel() / t.x.shape[1]
     sizes = {
         "gx": gamma * r * u + rms(t.x_cotangent),
+        "gx_again": gamma * r * u,
         "gweight": u * count**0.5,
         "gbias": u * count**0.5,
         "du": gamma * r * v + a,
@@ -205,7 +212,7 @@ def size_of_terms(t: Given, case: Case, truth: Results) -> dict[str, Tensor]:
         "dweight": r * u * v * count**0.5,
         "mean": t.x.double().abs().amax(dims),
     }
-    for name in ("gx", "du", "dx"):
+    for name in ("gx", "gx_again", "du", "dx"):
         true = getattr(truth, name).transpose(0, 1).flatten(1)
         sizes[name] = torch.maximum(sizes[name], true.abs().amax(1))
     return sizes

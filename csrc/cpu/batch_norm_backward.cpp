@@ -7,7 +7,7 @@
 //     backward           gx = γ r p − γ r³ cov(u', d) d,   gγ = r M cov(u', d),   gβ = Σ u',   gresidual = u'
 //     double backward    cᵤ = r cov(u', d), cᵥ = r cov(v, d), cᵤᵥ = cov(u', v) − cᵤ cᵥ, P(u') = p − cᵤ r d, P(v) alike:
 //                        du = [z > 0] (γ r P(v) + a r d + b + c),   dγ = r M cᵤᵥ
-//                        dx = −γ r² (cᵤᵥ r d + cᵥ P(u') + cᵤ P(v)) + a r P(u')
+//                        dx = −γ r² (cᵤᵥ r d + cᵥ P(u') + cᵤ P(v)) + a r P(u'), and gx again if it is wanted
 //     eval mode          gx = γ r u',   gγ = r Σ u' d;   du = [z > 0] (γ r v + a r d + b + c),   dγ = r Σ u' v,
 //                        dx = a r u': mean and r are constants, so one pass sums and writes
 #include "batch_norm.h"
@@ -157,14 +157,25 @@ template <typename T, bool planar>
 struct DoubleBackward {
   enum { kOfU, kOfV, kOfUD, kOfVD, kOfUV, kOfD, kPartials };
   enum { kShiftU = kCommon, kShiftV, kReduceRows };
-  enum { kMeanU = kShiftU, kMeanV = kShiftV, kDuOfD, kDuConstant, kDxOfU, kDxOfV, kDxOfD, kDxConstant, kRows };
+  enum {
+    kMeanU = kShiftU,
+    kMeanV = kShiftV,
+    kDuOfD,
+    kDuConstant,
+    kDxOfU,
+    kDxOfV,
+    kDxOfD,
+    kDxConstant,
+    kGxConstant,
+    kRows
+  };
   const Layout& layout;
   const Table<T, kRows>& table;
   const Parameters<T> parameters;
   Mask mask;
   Cotangents<T> v;
   const T *u, *x, *y;
-  T *du, *dx;
+  T *du, *dx, *gx;
   Acc<T>* dweight;
 
   // The shift of a channel is the mean of its first few values.
@@ -225,13 +236,14 @@ struct DoubleBackward {
     table.at(kDxOfV, channel) = Acc<T>(of_q);
     table.at(kDxOfD, channel) = Acc<T>(of_d);
     table.at(kDxConstant, channel) = Acc<T>(-of_d * mean_d);
+    table.at(kGxConstant, channel) = Acc<T>(-of_q * mean_d);
   }
   RDS_FAST_OUTLINED void write(const Strip& strip, const Tile& tile) const {
     const auto coefficient = table.template of<planar>(layout, strip);
     const bool streamed = is_large<T>(layout);
-    T* const outputs[] = {du, dx};
+    T* const outputs[] = {du, dx, gx};
     layout.for_rows(strip, tile, [&](int64_t offset, int64_t begin, int64_t end) {
-      write_outputs(outputs, offset, begin, end, streamed, [&](auto at, Vec<T>(&values)[2]) {
+      write_outputs(outputs, offset, begin, end, streamed, [&](auto at, Vec<T>(&values)[3]) {
         const Vec<T> d = at(x + offset, Acc<T>(0)) - coefficient(kMean, at);
         const Vec<T> masked_u =
             masked(mask == Mask::of_y ? Mask::none : mask, at(u + offset, Acc<T>(0)), d, coefficient, y, offset, at);
@@ -242,6 +254,8 @@ struct DoubleBackward {
         values[0] = masked(mask, of_y, d, coefficient, y, offset, at);
         values[1] = p * coefficient(kDxOfU, at) + q * coefficient(kDxOfV, at) +
                     (d * coefficient(kDxOfD, at) + coefficient(kDxConstant, at));
+        // −γ r³ cov(u', d), which d has in gx, is what q has in dx.
+        values[2] = p * coefficient(kScale, at) + (d * coefficient(kDxOfV, at) + coefficient(kGxConstant, at));
       });
     });
   }
@@ -258,7 +272,7 @@ struct EvalDoubleBackward {
   Mask mask;
   Cotangents<T> v;
   const T *u, *x, *y;
-  T *du, *dx;
+  T *du, *dx, *gx;
   Acc<T>* dweight;
 
   void prepare(const Strip& strip) const {
@@ -271,9 +285,9 @@ struct EvalDoubleBackward {
     const auto coefficient = table.template of<planar>(layout, strip);
     const bool streamed = is_large<T>(layout), needs_x = v.weight != nullptr || mask == Mask::of_x;
     Sums<T, kPartials, planar> sums(strip);
-    T* const outputs[] = {du, dx};
+    T* const outputs[] = {du, dx, gx};
     layout.for_rows(strip, tile, [&](int64_t offset, int64_t begin, int64_t end) {
-      write_outputs(outputs, offset, begin, end, streamed, [&](auto at, Vec<T>(&values)[2]) {
+      write_outputs(outputs, offset, begin, end, streamed, [&](auto at, Vec<T>(&values)[3]) {
         const Vec<T> d = needs_x ? at(x + offset, Acc<T>(0)) - coefficient(kMean, at) : Vec<T>{};
         const Vec<T> masked_u =
             masked(mask == Mask::of_y ? Mask::none : mask, at(u + offset, Acc<T>(0)), d, coefficient, y, offset, at);
@@ -283,6 +297,7 @@ struct EvalDoubleBackward {
                             coefficient(kDuBias, at) + optional_at(v.residual, offset, at);
         values[0] = masked(mask, of_y, d, coefficient, y, offset, at);
         values[1] = masked_u * coefficient(kOfVweight, at);
+        values[2] = masked_u * coefficient(kScale, at);
       });
     });
     sums.finish(layout, strip, partials);
@@ -342,7 +357,7 @@ void batch_norm_input_gradient(ChannelShape shape, const void* u, const void* x,
 }
 
 void batch_norm_double_backward(ChannelShape shape, BatchNormCotangents v, const void* u, const void* x, const void* y,
-                                BatchNorm norm, void* du, void* dx, void* dweight) {
+                                BatchNorm norm, void* du, void* dx, void* dweight, void* gx) {
   with_layout(shape, [&](auto example, auto planar, const Layout& layout) {
     using T = decltype(example);
     const Parameters<T> parameters(norm);
@@ -350,9 +365,9 @@ void batch_norm_double_backward(ChannelShape shape, BatchNormCotangents v, const
       using Task = typename decltype(task_type)::type;
       const Table<T, Task::kRows> table(layout.channels);
       table.fill(parameters);
-      reduce_channels(layout,
-                      Task{layout, table, parameters, mask_of(norm, y), Cotangents<T>(v), tensor<T>(u), tensor<T>(x),
-                           tensor<T>(y), static_cast<T*>(du), static_cast<T*>(dx), static_cast<Acc<T>*>(dweight)});
+      reduce_channels(layout, Task{layout, table, parameters, mask_of(norm, y), Cotangents<T>(v), tensor<T>(u),
+                                   tensor<T>(x), tensor<T>(y), static_cast<T*>(du), static_cast<T*>(dx),
+                                   static_cast<T*>(gx), static_cast<Acc<T>*>(dweight)});
     };
     if (norm.training) return run(std::common_type<DoubleBackward<T, planar>>());
     run(std::common_type<EvalDoubleBackward<T, planar>>());

@@ -155,8 +155,8 @@ struct BatchNormCotangents {
     (GroupShape shape, const void* v, ChannelPair cotangents, const void* u, const void* x, const void* weight,   \
      RowMoments moments, void* du, void* dx, void* dweight))
 
-// Tensors and results of the shape lie alike in memory. Null: no residual, other_u, y, x_cotangent; gresidual, dx not
-// wanted. sums are (2, C): Σ u' and Σ u' x̂.
+// Tensors and results of the shape lie alike in memory. Null: no residual, other_u, y, x_cotangent; gresidual, dx, the
+// double backward's gx not wanted. sums are (2, C): Σ u' and Σ u' x̂.
 #define RDS_FAST_BATCH_NORM_KERNELS(X)                                                                               \
   X(batch_norm, (ChannelShape shape, const void* x, BatchNorm norm, const void* residual, RunningStatistics running, \
                  void* y, void* mean, void* var))                                                                    \
@@ -166,7 +166,7 @@ struct BatchNormCotangents {
   X(batch_norm_input_gradient,                                                                                       \
     (ChannelShape shape, const void* u, const void* x, BatchNorm norm, const void* sums, void* gx))                  \
   X(batch_norm_double_backward, (ChannelShape shape, BatchNormCotangents v, const void* u, const void* x,            \
-                                 const void* y, BatchNorm norm, void* du, void* dx, void* dweight))
+                                 const void* y, BatchNorm norm, void* du, void* dx, void* dweight, void* gx))
 
 #define RDS_FAST_CPU_KERNELS(X)  \
   RDS_FAST_ROW_KERNELS(X)        \

@@ -13,7 +13,8 @@ The pass that writes has them as
     E = −r (γ r² cᵤᵥ + B cᵤ + G cᵥ),   H = −B mean(u') − G mean(v)
 
 whose coefficients come from the five sums. In eval mode du = m (γ r v + a x̂ + b + c), dγ = r Σ u' v and dx = a r u', so
-one pass sums and writes.
+one pass sums and writes. Where it is wanted, the pass that writes gives the first backward's gx again, of what it has
+at hand: gx = γr u' + G d − γr mean(u'), in eval mode γ r u'.
 """
 
 # mypy: allow-untyped-defs
@@ -89,7 +90,7 @@ def _double_backward_merge_kernel(
     M, C, splits,
     ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dγ, and the coefficients B, D, E, G and H."""
+    """dγ, and the coefficients B, D, E, G, H and −γr mean(u')."""
     r = tl_rstd(var_ptr, eps_high, eps_low, C, ACC, BLOCK_C)
     scale = tl_scale(var_ptr, weight_ptr, eps_high, eps_low, C, ACC, BLOCK_C)
     a = tl_channel(vweight_ptr, C, 0.0, ACC, BLOCK_C) * r
@@ -108,12 +109,13 @@ def _double_backward_merge_kernel(
     tl_store_channel(coefficients_ptr + 2 * C, -r * (k * cuv + B * cu + G * cv), C, BLOCK_C)
     tl_store_channel(coefficients_ptr + 3 * C, G, C, BLOCK_C)
     tl_store_channel(coefficients_ptr + 4 * C, -B * mean_u - G * mean_v, C, BLOCK_C)
+    tl_store_channel(coefficients_ptr + 5 * C, -scale * mean_u, C, BLOCK_C)
 
 
 @channel_kernel
 def _double_backward_kernel(
     v_ptr, vresidual_ptr, u_ptr, x_ptr, y_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, coefficients_ptr, du_ptr,
-    dx_ptr, eps_high, eps_low, N, C, S, blocks,
+    dx_ptr, gx_ptr, eps_high, eps_low, N, C, S, blocks,
     RELU: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -126,6 +128,7 @@ def _double_backward_kernel(
     E = tl_channel(coefficients_ptr + 2 * C, C, 0.0, ACC, BLOCK_C)[None, :, None]
     G = tl_channel(coefficients_ptr + 3 * C, C, 0.0, ACC, BLOCK_C)[None, :, None]
     H = tl_channel(coefficients_ptr + 4 * C, C, 0.0, ACC, BLOCK_C)[None, :, None]
+    gx_constant = tl_channel(coefficients_ptr + 5 * C, C, 0.0, ACC, BLOCK_C)[None, :, None]
     for index in range(tl.program_id(1), blocks, tl.num_programs(1)):
         offsets, mask = tl_tile(blocks - 1 - index, N, C, S, ALIGN, BLOCK_N, BLOCK_C, BLOCK_S)
         v = tl_load(v_ptr, offsets, mask, ACC)
@@ -141,16 +144,18 @@ def _double_backward_kernel(
             du = tl.where(relu_mask, du, 0.0)
         tl_store(du_ptr, offsets, mask, du)
         tl_store(dx_ptr, offsets, mask, B * u + G * v + (E * d + H))
+        if gx_ptr is not None:
+            tl_store(gx_ptr, offsets, mask, scale[None, :, None] * u + (G * d + gx_constant))
 
 
 @channel_kernel
 def _eval_double_backward_kernel(
     v_ptr, vweight_ptr, vbias_ptr, vresidual_ptr, u_ptr, x_ptr, y_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
-    partial_ptr, du_ptr, dx_ptr, eps_high, eps_low, N, C, S, blocks, splits,
+    partial_ptr, du_ptr, dx_ptr, gx_ptr, eps_high, eps_low, N, C, S, blocks, splits,
     RELU: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """du and, if a is given, dx; and each split's part of Σ u' v."""
+    """du, dx if a is given, gx if wanted; and each split's part of Σ u' v."""
     C = tl_channel_count(C, ALIGN, BLOCK_S)
     mean = tl_channel(mean_ptr, C, 0.0, ACC, BLOCK_C)
     scale = tl_scale(var_ptr, weight_ptr, eps_high, eps_low, C, ACC, BLOCK_C)
@@ -171,10 +176,12 @@ def _eval_double_backward_kernel(
             relu_mask = tl_relu_mask(x, y_ptr, offsets, mask, mean, scale, bias, ACC)
             u = tl.where(relu_mask, u, 0.0)
             du = tl.where(relu_mask, du, 0.0)
-        sum_uv += u * v
         tl_store(du_ptr, offsets, mask, du)
+        sum_uv += u * v
         if dx_ptr is not None:
             tl_store(dx_ptr, offsets, mask, a * u)
+        if gx_ptr is not None:
+            tl_store(gx_ptr, offsets, mask, scale[None, :, None] * u)
     tl_store_partial(partial_ptr, 0, tl_channel_sum(sum_uv), C, splits, BLOCK_C)
 
 
@@ -203,10 +210,12 @@ def batch_norm_double_backward(
     training: bool,
     eps: float,
     relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """du, dx and dγ; dx has no elements in eval mode without vweight."""
+    input_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """du, dx, dγ and gx; dx has no elements in eval mode without vweight, gx none unless ``input_gradient``."""
     du, dweight = torch.empty_like(x), channels_like(x, weight)
     dx = torch.empty_like(x) if training or vweight is not None else None
+    gx = torch.empty_like(x) if input_gradient else None
     affine = (weight, bias, mean, var)
     epsilon = float_pair(eps)
     acc = accumulator(x)
@@ -214,7 +223,7 @@ def batch_norm_double_backward(
     partial = channels_like(x).new_empty((5 if training else 1, sums.splits, sums.C))
     with torch.cuda.device_of(x):
         if training:
-            coefficients = partial.new_empty((5, sums.C))
+            coefficients = partial.new_empty((6, sums.C))
             _double_backward_sums_kernel[sums.sum_grid](
                 v, u, x, *affine, partial, *epsilon, *sums.sizes, sums.splits,
                 MASK=relu and y is None, ACC=acc, **sums.sum_options,
@@ -224,15 +233,17 @@ def batch_norm_double_backward(
                 ACC=acc, **sums.merge_options,
             )  # fmt: skip
             _double_backward_kernel[write.write_grid](
-                v, vresidual, u, x, y, *affine, coefficients, du, dx, *epsilon, *write.sizes,
+                v, vresidual, u, x, y, *affine, coefficients, du, dx, gx, *epsilon, *write.sizes,
                 RELU=relu, ACC=acc, **write.options,
             )  # fmt: skip
         else:
             _eval_double_backward_kernel[sums.sum_grid](
-                v, vweight, vbias, vresidual, u, x, y, *affine, partial, du, dx, *epsilon, *sums.sizes, sums.splits,
+                v, vweight, vbias, vresidual, u, x, y, *affine, partial, du, dx, gx, *epsilon, *sums.sizes,
+                sums.splits,
                 RELU=relu, ACC=acc, **sums.options,
             )  # fmt: skip
             _eval_double_backward_merge_kernel[sums.merge_grid](
                 partial, var, dweight, *epsilon, sums.C, sums.splits, ACC=acc, **sums.merge_options
             )
-    return du, x.new_empty(0) if dx is None else dx, dweight
+    dx, gx = (x.new_empty(0) if t is None else t for t in (dx, gx))
+    return du, dx, dweight, gx

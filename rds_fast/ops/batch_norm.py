@@ -33,6 +33,7 @@ from torch.nn import functional
 
 from ..backends import select_for_layer
 from ..reference import accumulation_dtype
+from . import deferral
 from .aliases import offer_alias, take_alias
 from .function import Function
 from .recompute import attach
@@ -91,15 +92,17 @@ def _double_backward_fake(
 ) -> tuple[Tensor, ...]:
     weight, training = rest[1], rest[5]
     dx = torch.empty_like(x) if training or vweight is not None else x.new_empty(0)
-    return torch.empty_like(x), dx, _statistics_like(x, weight)
+    gx = torch.empty_like(x) if rest[-2] else x.new_empty(0)
+    return torch.empty_like(x), dx, _statistics_like(x, weight), gx
 
 
-# u is gresidual where y is given. dx has no elements in eval mode without vweight.
+# u is gresidual where y is given. dx has no elements in eval mode without vweight; gx, the backward's without
+# x_cotangent, has none unless input_gradient.
 _double_backward = register(
     "batch_norm",
     "batch_norm_double_backward(Tensor? v, Tensor? vweight, Tensor? vbias, Tensor? vresidual, Tensor u, Tensor x, "
     "Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, bool training, float eps, bool relu, "
-    "str backend) -> (Tensor du, Tensor dx, Tensor dweight)",
+    "bool input_gradient, str backend) -> (Tensor du, Tensor dx, Tensor dweight, Tensor gx)",
     _double_backward_fake,
     row_wise=False,
 )
@@ -211,8 +214,9 @@ class BatchNormBackward(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        u, _, x, y, weight, bias, mean, var, _, *ctx.options = inputs
+        u, other_u, x, y, weight, bias, mean, var, _, *ctx.options = inputs
         gresidual, sums = output[3:]
+        deferral.write_for(ctx, 1 if other_u is None else 2)
         ctx.mark_non_differentiable(sums)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(u if y is None else gresidual, x, y, weight, bias, mean, var)
@@ -223,11 +227,18 @@ class BatchNormBackward(Function):
     ) -> Any:
         rest = (None,) * 4
         if all(cotangent is None for cotangent in (v, vweight, vbias, vresidual)):
+            assert not deferral.is_awaited(ctx)  # whoever waits for gx has sent v
             return *(None,) * 9, *rest
         saved = ctx.saved_tensors
         v, vresidual = (None if t is None else laid_out_like(t, saved[1]) for t in (v, vresidual))
         vweight, vbias = (None if t is None else t.contiguous() for t in (vweight, vbias))  # expanded, for a sum
-        du, dx, dweight = derivative(BatchNormDoubleBackward, v, vweight, vbias, vresidual, *saved, *ctx.options)
+        *options, backend = ctx.options
+        awaited = deferral.is_awaited(ctx)
+        du, dx, dweight, gx = derivative(
+            BatchNormDoubleBackward, v, vweight, vbias, vresidual, *saved, *options, awaited, backend
+        )
+        if awaited:
+            deferral.deliver(ctx, gx)
         needs = ctx.needs_input_grad
         return (
             du,
@@ -244,7 +255,7 @@ class BatchNormBackward(Function):
 
 
 class BatchNormDoubleBackward(Function):
-    """du, dx, dγ: the last derivative."""
+    """du, dx, dγ, and gx again if asked for: the last derivative."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:

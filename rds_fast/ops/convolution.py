@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..backends import select_for_layer
+from . import deferral
 from .aliases import take_alias
 from .engine import is_wanted, queryable
 from .function import Function
@@ -54,16 +55,17 @@ class Convolution(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, bias, ctx.geometry = inputs
         ctx.has_bias = bias is not None
+        deferral.take_for(ctx, 1)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Any:
         if g is None:
-            return None, None, None, None
+            return None, deferral.collect(ctx, None), None, None
         wanted = is_wanted(ctx, 0), is_wanted(ctx, 1), ctx.has_bias and is_wanted(ctx, 2)
-        gradients = derivative(ConvolutionBackward, g, *ctx.saved_tensors, ctx.geometry, wanted)
-        return *gradients, None
+        gx, gw, gbias = derivative(ConvolutionBackward, g, *ctx.saved_tensors, ctx.geometry, wanted)
+        return gx, deferral.collect(ctx, gw), gbias, None
 
 
 class ConvolutionBackward(Function):
@@ -87,15 +89,20 @@ class ConvolutionBackward(Function):
     def backward(ctx: Any, v: Tensor | None, weight_v: Tensor | None, bias_v: Tensor | None) -> Any:
         saved = Saved(ctx)
         weight = saved[2]
-        dg = dx = dw = None
+        g = dg = dx = dw = None
         if is_wanted(ctx, 0):
             x = None if weight_v is None else saved[1]
             dg = _sum_of_convolutions([(v, weight), (x, weight_v)], bias_v, saved.like(0), ctx.geometry)
         if weight_v is not None and is_wanted(ctx, 1):
-            like_x = saved.like(1)
-            dx = derivative(ConvolutionBackward, saved[0], like_x, weight_v, ctx.geometry, (True, False, False))[0]
+            g, like_x = saved[0], saved.like(1)
+            dx = derivative(ConvolutionBackward, g, like_x, weight_v, ctx.geometry, (True, False, False))[0]
         if v is not None and is_wanted(ctx, 2):
-            dw = derivative(ConvolutionBackward, saved[0], v, weight, ctx.geometry, (False, True, False))[1]
+
+            def weight_gradient(g: Tensor) -> Any:
+                return derivative(ConvolutionBackward, g, v, weight, ctx.geometry, (False, True, False))[1]
+
+            if g is not None or not (saved.is_rebuilt(0) and deferral.leave(ctx, 2, weight_gradient)):
+                dw = weight_gradient(saved[0] if g is None else g)
         return dg, dx, dw, None, None
 
 

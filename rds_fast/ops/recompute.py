@@ -119,6 +119,10 @@ class Saved:
         place = self._flat[start + count]
         return values if place is None or not torch.is_grad_enabled() else PutInPlace.apply(place, values)
 
+    def is_rebuilt(self, number: int) -> bool:
+        """Whether the tensor would be computed again."""
+        return self._recipes[number][2] is not None
+
     def like(self, number: int) -> Tensor:
         """A tensor with the shape, dtype and strides of the one asked for, outside the graph, and any values."""
         start, _, recipe = self._recipes[number]

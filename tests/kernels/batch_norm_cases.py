@@ -193,7 +193,7 @@ def test_the_mask_is_the_forwards() -> None:
     one = torch.ones_like(x)
     gx, *_ = batch_norm.batch_norm_backward(one, None, x, None, None, bias, mean, var, None, False, 1e-5, True)
     du, *_ = batch_norm.batch_norm_double_backward(
-        one, None, None, None, one, x, None, None, bias, mean, var, False, 1e-5, True
+        one, None, None, None, one, x, None, None, bias, mean, var, False, 1e-5, True, False
     )
     assert torch.equal(gx > 0, y > 0)
     assert torch.equal(du > 0, y > 0)

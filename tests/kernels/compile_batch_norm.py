@@ -28,9 +28,11 @@ def launch(shape: tuple[int, ...], memory_format: torch.memory_format, dtype: to
     for residual, relu in ((None, False), (None, True), (x, True)):
         batch_norm.batch_norm(x, c, c, residual, c, c, 0.1, 1e-5, relu)
         batch_norm.batch_norm_backward(x, residual, x, residual, c, c, c, c, x, True, 1e-5, relu)
-        batch_norm.batch_norm_double_backward(x, c, c, residual, x, x, residual, c, c, c, c, True, 1e-5, relu)
+        of_second = (x, c, c, residual, x, x, residual, c, c, c, c, True, 1e-5, relu)
+        for input_gradient in (False, True):
+            batch_norm.batch_norm_double_backward(*of_second, input_gradient)
     batch_norm.batch_norm_backward(x, x, x, x, c, c, c, c, x, False, 1e-5, True)
-    batch_norm.batch_norm_double_backward(x, c, c, x, x, x, x, c, c, c, c, False, 1e-5, True)
+    batch_norm.batch_norm_double_backward(x, c, c, x, x, x, x, c, c, c, c, False, 1e-5, True, True)
     batch_norm.batch_norm_input_gradient(x, x, c, c, c, c, c, False, 1e-5, True)
 
 

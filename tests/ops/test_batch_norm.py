@@ -200,11 +200,11 @@ def raw_calls() -> list[tuple[Any, tuple[Any, ...]]]:
         (operation._backward, (u, None, x, None, None, bias, mean, var, v, False, 1e-5, True, "native")),
         (
             operation._double_backward,
-            (v, weight, bias, v, u, x, y, weight, bias, mean, var, True, 1e-5, True, "native"),
+            (v, weight, bias, v, u, x, y, weight, bias, mean, var, True, 1e-5, True, True, "native"),
         ),
         (
             operation._double_backward,
-            (v, None, None, None, u, x, None, weight, bias, mean, var, False, 1e-5, False, "native"),
+            (v, None, None, None, u, x, None, weight, bias, mean, var, False, 1e-5, False, False, "native"),
         ),
         (operation._input_gradient, (u, x, weight, bias, mean, var, torch.randn(2, 4), True, 1e-5, True, "native")),
     ]
