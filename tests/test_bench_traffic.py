@@ -206,6 +206,25 @@ def test_every_provider_counts_the_same_twice() -> None:
         assert step.saved == second[provider].saved
 
 
+# FLOPs, bytes, operations and saved bytes, as multiples of the stock cross-entropy step's. A step that costs more than
+# this has lost what bench/NOTES.md accounts for.
+MOST = {
+    "ours": (2.03, 2.50, 2.35, 1.50),
+    "ours_fused": (2.03, 1.96, 1.75, 1.50),
+    "cross_entropy_fused": (1.0, 0.8, 0.75, 1.0),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_penalised_step_costs(case: str) -> None:
+    steps = count_case(CASES[case], ["cross_entropy", *MOST])
+    stock = steps.pop("cross_entropy")
+    for provider, step in steps.items():
+        figures = [(s.count.flops, s.count.bytes, s.count.operations, s.saved) for s in (step, stock)]
+        for ours, theirs, most in zip(*figures, MOST[provider], strict=True):
+            assert ours <= most * theirs, provider
+
+
 @pytest.mark.parametrize("name", COSTS)
 def test_the_table_names_operations_and_their_arguments(name: str) -> None:
     for module in pkgutil.iter_modules(rds_fast.ops.__path__, "rds_fast.ops."):
