@@ -118,10 +118,12 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_double_backward(const Tensor& v
 }
 
 std::tuple<Tensor, Tensor> gradient_norm(const Tensor& x, double p, double power, bool full_precision) {
-  const int64_t kept = norm_order(p) == NormOrder::infinity ? 2 : 1;
   Tensor result = empty_values(x, result_type(x, full_precision));
-  Tensor saved = torch::stable::new_empty(x, {x.size(0), kept}, accumulation_type(x.scalar_type()));
-  kernels().gradient_norm(shape_of(x), rows(x), p, power, results(result, x), {saved.data_ptr()});
+  const ScalarType type = accumulation_type(x.scalar_type());
+  const bool is_norm = power == 1.0 && result.scalar_type() == type;  // the result itself, to all its digits
+  const int64_t kept = norm_order(p) == NormOrder::infinity ? 2 : is_norm ? 0 : 1;
+  Tensor saved = torch::stable::new_empty(x, {x.size(0), kept}, type);
+  kernels().gradient_norm(shape_of(x), rows(x), p, power, results(result, x), saved_in(saved));
   return {result, saved};
 }
 

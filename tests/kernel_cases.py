@@ -56,7 +56,10 @@ def run_cross_entropy(
 def run_gradient_norm(kernels: Any, x: Tensor, v: Tensor, g: Tensor, p: float, power: float) -> tuple[Tensor, ...]:
     """The same of the norm."""
     result, saved = kernels.gradient_norm(x, p, power, g.dtype != x.dtype)
-    assert (saved.dtype, saved.shape) == (accumulation_dtype(x.dtype), (x.shape[0], 2 if math.isinf(p) else 1))
+    is_norm = power == 1 and result.dtype == accumulation_dtype(x.dtype)
+    columns = 2 if math.isinf(p) else 0 if is_norm else 1
+    assert (saved.dtype, saved.shape) == (accumulation_dtype(x.dtype), (x.shape[0], columns))
+    saved = saved if columns else result.unsqueeze(1)
     gx = kernels.gradient_norm_backward(g, x, saved, p, power)
     return result, gx, *kernels.gradient_norm_double_backward(v, g, x, saved, p, power)
 

@@ -117,7 +117,7 @@ void norm_forward(const Shape& shape, Rows x, double p, double k, Results result
         if (order == NormOrder::infinity) {
           kept[2 * row] = n;
           kept[2 * row + 1] = total.sum;
-        } else {
+        } else if (kept != nullptr) {
           kept[row] = n;
         }
         set_result<T>(result, row, power_of_norm(n, A(k)));

@@ -111,7 +111,7 @@ void short_norm_forward(const Shape& shape, Rows x, Acc<T> p, Acc<T> k, Results 
         kept[2 * (first + lane)] = norms.n[lane];
         kept[2 * (first + lane) + 1] = norms.ties[lane];
       }
-    } else {
+    } else if (kept != nullptr) {
       store_part(kept + first, norms.n, count);
     }
     set_results<T>(result, first, count, powers_of_norms<T>(norms.n, k));
@@ -126,7 +126,7 @@ void short_norm_forward(const Shape& shape, Rows x, Acc<T> p, Acc<T> k, Results 
     if (!holds_everywhere((sums >= splat<T>(Safe::least)) & (sums <= splat<T>(Safe::largest))))
       return transposed(first, count);
     const Vec<T> n = square_roots<T>(sums);
-    store(kept + first, n);
+    if (kept != nullptr) store(kept + first, n);
     set_results<T>(result, first, count, powers_of_norms<T>(n, k));
   });
 }

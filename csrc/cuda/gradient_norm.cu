@@ -26,7 +26,7 @@ struct GradientNorm : RowOperation<T> {
 
   Norm<A, EUCLIDEAN> norm;
   OutputColumn<T> result;
-  A* saved;
+  A* saved;  // null where the result is the norm to all its digits
 
   __device__ __forceinline__ State identity() const { return {0, 0}; }
 
@@ -82,7 +82,7 @@ struct GradientNorm : RowOperation<T> {
       if (norm.order() == NormOrder::infinity) {
         saved[2 * r] = n;
         saved[2 * r + 1] = total.sum;
-      } else {
+      } else if (saved != nullptr) {
         saved[r] = n;
       }
     });
@@ -211,14 +211,15 @@ void for_element_type_and_order(const Tensor& x, double p, Body body) {
 std::tuple<Tensor, Tensor> gradient_norm(Tensor x, double p, double power, bool full_precision) {
   const Device device(x);
   const ScalarType wide = accumulation_type(x);
-  const int64_t saved_columns = norm_order(p) == NormOrder::infinity ? 2 : 1;
   Tensor result = new_column(x, full_precision ? wide : x.scalar_type());
+  const bool is_norm = power == 1.0 && result.scalar_type() == wide;
+  const int64_t saved_columns = norm_order(p) == NormOrder::infinity ? 2 : is_norm ? 0 : 1;
   Tensor saved = torch::stable::new_empty(x, std::vector<int64_t>{x.size(0), saved_columns}, wide);
   for_element_type_and_order(x, p, [&](auto element, auto euclidean) {
     using T = decltype(element);
     using A = Accumulation<T>;
-    const GradientNorm<T, euclidean.value> op{
-        {}, {p, power}, output_column<T>(result, x), static_cast<A*>(saved.mutable_data_ptr())};
+    A* const kept = saved_columns == 0 ? nullptr : static_cast<A*>(saved.mutable_data_ptr());
+    const GradientNorm<T, euclidean.value> op{{}, {p, power}, output_column<T>(result, x), kept};
     run_rows(device, op, make_rows<T>(x, nullptr, nullptr, nullptr), x);
   });
   return {result, saved};

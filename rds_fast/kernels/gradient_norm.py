@@ -210,12 +210,16 @@ def _numbers(p: float, power: float) -> tuple[float, float, float, float]:
 
 
 def gradient_norm(x: Tensor, p: float, power: float, full_precision: bool) -> tuple[Tensor, Tensor]:
-    """r of each row; and n as (N, 1), for p = ∞ n and the number of ties as (N, 2), in the accumulation dtype."""
+    """r of each row; and in the accumulation dtype n as (N, 1), for p = ∞ n and the number of ties as (N, 2).
+
+    (N, 0) where r is n, in the accumulation dtype.
+    """
     launch = plan(x)
     N, D = launch.N, launch.C
     accumulated = accumulation_dtype(x.dtype)
     result = x.new_empty(N, dtype=accumulated if full_precision else x.dtype)
-    saved = x.new_empty((N, 2 if math.isinf(p) else 1), dtype=accumulated)
+    is_norm = power == 1 and result.dtype == accumulated
+    saved = x.new_empty((N, 2 if math.isinf(p) else 0 if is_norm else 1), dtype=accumulated)
     if N == 0:
         return result, saved
     split = launch.splits > 1

@@ -81,7 +81,8 @@ def tl_store_forward(
     else:
         result = tl_row_pow(n, power_high, power_low, 0.0)
     tl.store(result_ptr + rows, result.to(result_ptr.dtype.element_ty), mask=row_mask)
-    tl.store(saved_ptr + rows * SAVED_COLUMNS, n, mask=row_mask)
+    if SAVED_COLUMNS > 0:
+        tl.store(saved_ptr + rows * SAVED_COLUMNS, n, mask=row_mask)
     if P == "inf":
         tl.store(saved_ptr + rows * SAVED_COLUMNS + 1, t, mask=row_mask)
 

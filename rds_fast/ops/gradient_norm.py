@@ -28,14 +28,14 @@ from .registration import derivative, register, third_derivative
 
 def _forward_fake(x: Tensor, p: float, power: float, full_precision: bool, backend: str) -> tuple[Tensor, Tensor]:
     accumulated = reference.accumulation_dtype(x.dtype)
-    return (
-        x.new_empty(x.shape[0], dtype=accumulated if full_precision else x.dtype),
-        x.new_empty((x.shape[0], 2 if p == float("inf") else 1), dtype=accumulated),
-    )
+    dtype = accumulated if full_precision else x.dtype
+    columns = 2 if p == float("inf") else 0 if power == 1 and dtype == accumulated else 1
+    return x.new_empty(x.shape[0], dtype=dtype), x.new_empty((x.shape[0], columns), dtype=accumulated)
 
 
-# x: (N, D) of unit column stride. saved, in the accumulation dtype: (N, 1), the norm; for p = inf (N, 2), the norm and
-# the number of coordinates that attain it. Result: (N,), of x's dtype or, if full_precision, the accumulation dtype.
+# x: (N, D) of unit column stride. Result: (N,), of x's dtype or, if full_precision, the accumulation dtype. saved, in
+# the accumulation dtype: (N, 1), the norm; for p = inf (N, 2), the norm and the number of coordinates that attain it;
+# (N, 0) where the result is all that: the backwards then take it, as (N, 1).
 _forward = register(
     "gradient_norm",
     "gradient_norm(Tensor x, float p, float power, bool full_precision, str backend) -> (Tensor, Tensor)",
@@ -66,16 +66,18 @@ class GradientNorm(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, ctx.p, ctx.power, _, ctx.backend = inputs
-        _, saved = output
+        result, saved = output
         ctx.mark_non_differentiable(saved)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, saved)
+        ctx.save_for_backward(x, saved if saved.shape[-1] else result)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: Any) -> Any:
         if g is None:
             return None, None, None, None, None
-        gradient = derivative(GradientNormBackward, g, *ctx.saved_tensors, ctx.p, ctx.power, ctx.backend)
+        x, saved = ctx.saved_tensors
+        saved = saved if saved.dim() == 2 else saved.unsqueeze(1)
+        gradient = derivative(GradientNormBackward, g, x, saved, ctx.p, ctx.power, ctx.backend)
         return gradient, None, None, None, None
 
 

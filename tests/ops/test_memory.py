@@ -61,6 +61,7 @@ def test_cross_entropy(fused_backend: str) -> None:
 def test_gradient_norm(fused_backend: str) -> None:
     x = torch.randn(N, C, requires_grad=True)
     g = torch.ones(N, requires_grad=True)
+    assert allocated_bytes(lambda: rds_fast.gradient_norm(x)) == aligned(4 * N, 0)
     norm = rds_fast.gradient_norm(x)
     (gx,) = torch.autograd.grad(norm, x, g, create_graph=True)
     v = torch.randn_like(gx)
