@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 # Nodes that pass the logits on as they are. The number at the end of a node's name is stripped before the comparison.
 _PASSED_ON = frozenset(
@@ -52,12 +53,18 @@ def check_input(x: Any) -> None:
 
 
 def check_model(model: Any) -> None:
-    """model can be called with x: not a module's class, and not None."""
+    """model can be called with x: not a module's class, and not None; and its backward may run twice in a step."""
     if not callable(model) or isinstance(model, type):
         found = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise TypeError(
             f"the model is {found}; it must be a callable that maps x (N, ...) to logits (N, C), such as a "
             "torch.nn.Module"
+        )
+    if isinstance(model, DistributedDataParallel) and model.static_graph:
+        raise ValueError(
+            "the model is a DistributedDataParallel with static_graph=True, which averages the gradients when its "
+            "first backward ends: that is the penalty's own, with respect to x, before there are any. Leave "
+            "static_graph out"
         )
 
 

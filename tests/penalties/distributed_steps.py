@@ -1,0 +1,72 @@
+"""Training steps of a small network, for ``test_distributed.py``; as a program, one process of two.
+
+python distributed_steps.py RANK FILE_TO_MEET_AT FILE_FOR_THE_GRADIENTS
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rds_fast import DensityPenalty, InputGradientPenalty, PenalizedLoss
+from rds_fast.nn import fuse
+
+PROCESSES = 2
+LOSSES: dict[str, Callable[[], PenalizedLoss]] = {
+    "exact": lambda: PenalizedLoss(DensityPenalty(), 0.5),
+    "finite difference": lambda: PenalizedLoss(DensityPenalty(method="finite_difference"), 0.5),
+    "input gradient": lambda: PenalizedLoss(InputGradientPenalty(), 0.5),
+    "share": lambda: PenalizedLoss(DensityPenalty(), 0.5, share=0.5),  # two forwards before the backward
+}
+
+
+def network(*, fused: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for channels in (3, 8):
+        layers += [nn.Conv2d(channels, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).double()
+    return fuse(model) if fused else model
+
+
+def batch(rank: int, part: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(10 * rank + part)
+    return torch.randn(4, 3, 6, 6, generator=generator).double(), torch.randint(5, (4,), generator=generator)
+
+
+def gradients(name: str, model: nn.Module, rank: int) -> list[Tensor]:
+    """After two steps, the second of two accumulated batches; which samples share draws is seeded alike."""
+    loss = LOSSES[name]()
+    torch.manual_seed(rank)
+    for parts in ((0,), (1, 2)):
+        model.zero_grad()
+        for part in parts:
+            last = part == parts[-1]
+            alone = isinstance(model, DistributedDataParallel) and not last
+            with model.no_sync() if alone else nullcontext():
+                loss(model, *batch(rank, part)).total.backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def main(rank: int, meeting: str, results: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=PROCESSES)
+    found = {}
+    for name in LOSSES:
+        for fused in (False, True):
+            found[name, fused] = gradients(name, DistributedDataParallel(network(fused=fused)), rank)
+    try:
+        PenalizedLoss(DensityPenalty(), 0.5)(DistributedDataParallel(network(), static_graph=True), *batch(rank, 0))
+    except ValueError as error:
+        found["static graph", False] = str(error)
+    torch.save(found, results)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), *sys.argv[2:])

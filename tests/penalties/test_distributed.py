@@ -1,0 +1,48 @@
+"""A penalised step on several processes, by DistributedDataParallel."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.penalties import distributed_steps
+from tests.penalties.distributed_steps import LOSSES, PROCESSES, network
+
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="PyTorch was built without torch.distributed or gloo",
+)
+
+
+def test_gradients_are_the_mean_over_processes(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    files = [tmp_path / f"{rank}.pt" for rank in range(PROCESSES)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, distributed_steps.__file__, str(rank), str(tmp_path / "meeting"), str(file)],
+            env=environment, stderr=subprocess.PIPE, text=True,
+        )
+        for rank, file in enumerate(files)
+    ]  # fmt: skip
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+    found = [torch.load(file) for file in files]
+    for name in LOSSES:
+        each = [distributed_steps.gradients(name, network(), rank) for rank in range(PROCESSES)]
+        mean = [sum(of_ranks) / PROCESSES for of_ranks in zip(*each, strict=True)]
+        for fused in (False, True):
+            for of_rank in found:
+                torch.testing.assert_close(of_rank[name, fused], mean, rtol=1e-9, atol=1e-12)
+    for of_rank in found:
+        assert "static_graph" in of_rank["static graph", False]
