@@ -1,4 +1,4 @@
-"""The emulation that runs the CUDA kernels in tests: each fault that it is to find, in a kernel with that fault alone."""
+"""The emulation that runs the CUDA kernels in tests: each fault that it is to find, in a kernel with that fault."""
 
 from __future__ import annotations
 
