@@ -41,9 +41,12 @@ class Device(NamedTuple):
     schedule: int = 0
 
 
+H200 = Device()
+
+
 class Launch(NamedTuple):
-    kernel: str  # its name alone
-    operation: str
+    kernel: str  # its name, without template arguments
+    operation: str  # the first of them
     grid: tuple[int, ...]
     threads: int
     shared_bytes: int
@@ -99,7 +102,7 @@ def load() -> tuple[ctypes.CDLL, torch.library.Library]:
 
 
 @contextmanager
-def emulated(device: Device = Device()) -> Iterator[Any]:  # noqa: B008
+def emulated(device: Device = H200) -> Iterator[Any]:
     """The operations on such a device. CPU tensors made meanwhile are guarded: an access outside of one is an error."""
     reason = obstacle()
     if reason is not None:
@@ -122,11 +125,14 @@ def launches() -> list[Launch]:
     result = []
     for line in library.cuda_emulation_take_launches().decode().splitlines():
         name, grid, block, shared_bytes = line.split("|")
-        kernel = re.search(r"(\w+)(<|$)", name.split("::", 2)[2])
-        operation = re.search(r"\(anonymous namespace\)::(\w+)", name)
-        sizes = tuple(int(size) for size in grid.split(","))
-        threads = int(block.split(",")[0])
+        operation = re.search(r"<(\w+)", name)
         result.append(
-            Launch(kernel[1], operation[1] if operation else "", sizes, threads, int(shared_bytes))  # type: ignore[index]
+            Launch(
+                kernel=name.partition("<")[0],
+                operation=operation[1] if operation else "",
+                grid=tuple(int(size) for size in grid.split(",")),
+                threads=int(block.split(",")[0]),
+                shared_bytes=int(shared_bytes),
+            )
         )
     return result

@@ -57,7 +57,7 @@ def test_a_fault_is_reported(machine: Any, kind: str, message: str) -> None:
 
 
 def test_faults_name_their_kernel(machine: Any) -> None:
-    with pytest.raises(RuntimeError, match=r"CUDA emulation: rds_fast::cuda::.*two_barriers: thread \(\d+, 0, 0\)"):
+    with pytest.raises(RuntimeError, match=r"CUDA emulation: two_barriers: thread \(\d+, 0, 0\)"):
         machine.fault("two barriers", numbers())
 
 
@@ -83,3 +83,18 @@ def test_a_smaller_grid_than_asked_for() -> None:
         machine.logsumexp(torch.zeros(1000, 2), False)
         (launch,) = cuda_emulation.launches()
     assert (launch.kernel, launch.operation, launch.grid) == ("small_rows", "LogSumExp", (2, 1, 1))
+
+
+def test_what_the_build_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the emulation cannot be built, the tests that need it are skipped and say why."""
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(cuda_emulation.sys, "executable", "/nonexistent/python")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert "C++ compiler" in str(cuda_emulation.obstacle())
+    monkeypatch.setenv("CXX", "c++")
+    assert "CMake" in str(cuda_emulation.obstacle())
+    with (
+        pytest.raises(pytest.skip.Exception, match="the CUDA kernels' emulation: needs CMake"),
+        cuda_emulation.emulated(),
+    ):
+        pass

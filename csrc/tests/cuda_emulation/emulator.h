@@ -1,7 +1,7 @@
 // What the files of the emulator share.
 #pragma once
 
-#include <csetjmp>
+#include <csignal>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -46,8 +46,16 @@ size_t largest_static_shared();
 void guard_memory(bool on);
 // Throws if memory around a tensor was written to.
 void check_margins();
-// What lies at an address that could not be accessed.
-std::string describe(uintptr_t address);
+// Makes faults of the accesses that the system refuses, for a scope.
+class RefusedAccesses {
+ public:
+  RefusedAccesses();
+  ~RefusedAccesses();
+
+ private:
+  stack_t stack_before_ = {};
+  struct sigaction segv_before_ = {}, bus_before_ = {};
+};
 
 constexpr unsigned char POISON = 0xff;  // NaN in every floating type, −1 in integers
 

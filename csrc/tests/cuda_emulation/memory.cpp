@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -73,6 +74,31 @@ class GuardedAllocator final : public c10::Allocator {
   static void free_nothing(void*) {}
 };
 
+// What lies at an address that could not be accessed.
+std::string describe(uintptr_t address) {
+  const auto above = blocks.upper_bound(address);
+  if (above != blocks.begin()) {
+    const Block& block = std::prev(above)->second;
+    const uintptr_t end = reinterpret_cast<uintptr_t>(block.data) + block.size;
+    if (address < reinterpret_cast<uintptr_t>(block.mapping) + block.mapped) {
+      return "accesses memory " + std::to_string(address - end) + " bytes past the end of an allocation of " +
+             std::to_string(block.size) + " bytes";
+    }
+  }
+  return "accesses memory that is none of a tensor's, or its stack is full";
+}
+
+// It has a stack of its own: that of the thread may be what is full. The signal comes from the kernel's own code, so
+// nothing here is interrupted that it uses.
+void on_signal(int signal, siginfo_t* information, void*) {
+  sigset_t this_one;
+  sigemptyset(&this_one);
+  sigaddset(&this_one, signal);
+  sigprocmask(SIG_UNBLOCK, &this_one, nullptr);
+  fault(describe(reinterpret_cast<uintptr_t>(information->si_addr)));
+  abort();  // it was not in a kernel
+}
+
 }  // namespace
 
 void guard_memory(bool on) {
@@ -89,17 +115,23 @@ void check_margins() {
   }
 }
 
-std::string describe(uintptr_t address) {
-  const auto above = blocks.upper_bound(address);
-  if (above != blocks.begin()) {
-    const Block& block = std::prev(above)->second;
-    const uintptr_t end = reinterpret_cast<uintptr_t>(block.data) + block.size;
-    if (address < reinterpret_cast<uintptr_t>(block.mapping) + block.mapped) {
-      return "accesses memory " + std::to_string(address - end) + " bytes past the end of an allocation of " +
-             std::to_string(block.size) + " bytes";
-    }
-  }
-  return "accesses memory that is none of a tensor's, or its stack is full";
+RefusedAccesses::RefusedAccesses() {
+  static char memory[64 * 1024];
+  stack_t own = {};
+  own.ss_sp = memory;
+  own.ss_size = sizeof(memory);
+  sigaltstack(&own, &stack_before_);
+  struct sigaction action = {};
+  action.sa_sigaction = on_signal;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+  sigaction(SIGSEGV, &action, &segv_before_);
+  sigaction(SIGBUS, &action, &bus_before_);
+}
+
+RefusedAccesses::~RefusedAccesses() {
+  sigaction(SIGSEGV, &segv_before_, nullptr);
+  sigaction(SIGBUS, &bus_before_, nullptr);
+  sigaltstack(&stack_before_, nullptr);
 }
 
 }  // namespace cuda_emulation

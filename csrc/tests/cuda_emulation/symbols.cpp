@@ -53,6 +53,14 @@ const Symbols& symbols() {
   return all;
 }
 
+// The name and its template arguments, without the namespaces of this project, the result type and the parameters.
+std::string shortened(std::string name) {
+  for (const std::string noise : {"(anonymous namespace)::", "rds_fast::cuda::", "void "}) {
+    for (size_t at = name.find(noise); at != std::string::npos; at = name.find(noise)) name.erase(at, noise.size());
+  }
+  return name.substr(0, name.find('('));
+}
+
 }  // namespace
 
 std::string kernel_name(const void* kernel) {
@@ -60,9 +68,9 @@ std::string kernel_name(const void* kernel) {
   if (found == symbols().functions.end()) return "a kernel";
   int status = 0;
   char* const readable = abi::__cxa_demangle(found->second.c_str(), nullptr, nullptr, &status);
-  const std::string name = status == 0 ? readable : found->second;
+  const std::string name = status == 0 ? shortened(readable) : found->second;
   free(readable);
-  return name.substr(0, name.rfind('('));
+  return name;
 }
 
 size_t largest_static_shared() { return symbols().largest_static_shared; }

@@ -7,10 +7,8 @@
 #include <ucontext.h>
 #include <unistd.h>
 
-#include <csignal>
-#include <cstdlib>
+#include <csetjmp>
 #include <stdexcept>
-#include <vector>
 
 #include "emulator.h"
 
@@ -167,43 +165,6 @@ void open_barrier() {
   _longjmp(scheduler, 1);
 }
 
-// On a stack of its own: that of the fiber may be what is full.
-void on_signal(int signal, siginfo_t* information, void*) {
-  if (current == nullptr) abort();
-  error = describe(reinterpret_cast<uintptr_t>(information->si_addr));
-  sigset_t this_one;
-  sigemptyset(&this_one);
-  sigaddset(&this_one, signal);
-  sigprocmask(SIG_UNBLOCK, &this_one, nullptr);
-  stop();
-}
-
-// Takes over the signals of refused accesses for a scope.
-class Signals {
- public:
-  Signals() {
-    static char memory[64 * 1024];
-    stack_t own = {};
-    own.ss_sp = memory;
-    own.ss_size = sizeof(memory);
-    sigaltstack(&own, &stack_before_);
-    struct sigaction action = {};
-    action.sa_sigaction = on_signal;
-    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-    sigaction(SIGSEGV, &action, &segv_before_);
-    sigaction(SIGBUS, &action, &bus_before_);
-  }
-  ~Signals() {
-    sigaction(SIGSEGV, &segv_before_, nullptr);
-    sigaction(SIGBUS, &bus_before_, nullptr);
-    sigaltstack(&stack_before_, nullptr);
-  }
-
- private:
-  stack_t stack_before_ = {};
-  struct sigaction segv_before_ = {}, bus_before_ = {};
-};
-
 void prepare() {
   count = blockDim.x * blockDim.y * blockDim.z;
   const unsigned warps = (count + WARP - 1) / WARP;
@@ -285,7 +246,7 @@ uint64_t exchange(unsigned mask, uint64_t value, int lane_mask, Place place) {
 }
 
 void run_block(const std::function<void()>& thread) {
-  const Signals signals;
+  const RefusedAccesses signals;
   body = &thread;
   prepare();
   unsigned running = count;
