@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -45,8 +44,7 @@ H200 = Device()
 
 
 class Launch(NamedTuple):
-    kernel: str  # its name, without template arguments
-    operation: str  # the first of them
+    kernel: str  # its name with its template arguments, without namespaces
     grid: tuple[int, ...]
     threads: int
     shared_bytes: int
@@ -125,14 +123,6 @@ def launches() -> list[Launch]:
     result = []
     for line in library.cuda_emulation_take_launches().decode().splitlines():
         name, grid, block, shared_bytes = line.split("|")
-        operation = re.search(r"<(\w+)", name)
-        result.append(
-            Launch(
-                kernel=name.partition("<")[0],
-                operation=operation[1] if operation else "",
-                grid=tuple(int(size) for size in grid.split(",")),
-                threads=int(block.split(",")[0]),
-                shared_bytes=int(shared_bytes),
-            )
-        )
+        sizes = tuple(int(size) for size in grid.split(","))
+        result.append(Launch(name, sizes, int(block.split(",")[0]), int(shared_bytes)))
     return result

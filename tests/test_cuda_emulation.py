@@ -82,7 +82,7 @@ def test_a_smaller_grid_than_asked_for() -> None:
     with cuda_emulation.emulated(Device(largest_grid=2)) as machine:
         machine.logsumexp(torch.zeros(1000, 2), False)
         (launch,) = cuda_emulation.launches()
-    assert (launch.kernel, launch.operation, launch.grid) == ("small_rows", "LogSumExp", (2, 1, 1))
+    assert launch == ("small_rows<LogSumExp<float> >", (2, 1, 1), 96, 96 * 3 * 4)
 
 
 def test_what_the_build_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,23 +64,42 @@ LONG_ROWS = ((300, 16_411), (150, 70_001))  # rows enough for a block each: kept
 # have a block each; and shared memory for 2000 chunks of two inputs.
 SMALL = Device(processors=2, shared_bytes=1024 + 2000 * 32, largest_grid=2, schedule=1)
 WIDE = Device(processors=132, largest_grid=2, schedule=2)  # so many that few rows are split over blocks
+SHORT = ("small_rows", "small_rows", "small_rows")
+HELD = ("reduce_rows", "map_rows", "reduce_map_held")
+STASHED = ("reduce_rows", "map_rows", "reduce_map_stashed")
+SPLIT = ("reduce_rows", "finish_rows", "map_rows", "reduce_rows", "map_rows")
+
+
+def held(lanes: int, chunks: int) -> tuple[str, ...]:
+    """The kernels of rows that ``lanes`` threads keep in registers, ``chunks`` each, in the double backward."""
+    return *HELD[:2], f"{HELD[2]}<.*, {lanes}, {chunks}>"
+
+
+class Path(NamedTuple):
+    """An emulated device, and rows that take one path on it: the kernels of forward, backward and double backward."""
+
+    device: Device
+    size: Size
+    kernels: tuple[str, ...]
+
+
 PATHS = {  # named by where the double backward keeps a row
-    "one class": (SMALL, Size(3, 1)),
-    "a thread a row": (SMALL, Size(301, 7)),
-    "the longest row of a thread": (SMALL, Size(97, 32)),
-    "the shortest row of a warp": (SMALL, Size(13, 33)),
-    "a warp, 2 chunks a lane": (SMALL, Size(13, 1, 60)),
-    "a warp, more chunks a lane": (SMALL, Size(9, 3, 200)),
-    "a block, in registers": (SMALL, Size(5, 1, 700)),
-    "a block, in shared memory": (SMALL, Size(5, 1, 1100)),
-    "a block, in shared memory in part": (SMALL, Size(5, 0, 2300)),
-    "split over blocks": (WIDE, Size(3, 3, 3500)),
+    "one class": Path(SMALL, Size(3, 1), SHORT),
+    "a thread a row": Path(SMALL, Size(301, 7), SHORT),
+    "the longest row of a thread": Path(SMALL, Size(97, 32), SHORT),
+    "the shortest row of a warp": Path(SMALL, Size(13, 33), held(32, 2)),
+    "a warp, 2 chunks a lane": Path(SMALL, Size(13, 1, 60), held(32, 2)),
+    "a warp, 4 chunks a lane": Path(SMALL, Size(9, 3, 120), held(32, 8)),  # held(32, 4) where there are probabilities
+    "a warp, 8 chunks a lane": Path(SMALL, Size(9, 3, 250), held(32, 8)),
+    "a block, in registers": Path(SMALL, Size(5, 1, 700), held(256, 4)),
+    "a block, in shared memory": Path(SMALL, Size(5, 1, 1100), STASHED),
+    "a block, in shared memory in part": Path(SMALL, Size(5, 0, 2300), STASHED),
+    "split over blocks": Path(WIDE, Size(3, 3, 3500), SPLIT),
 }
-on_gpu = pytest.param(None, marks=pytest.mark.gpu, id="gpu")
-MACHINES = (on_gpu, pytest.param(SMALL, id="emulated"))
+MACHINES = (pytest.param(None, marks=pytest.mark.gpu, id="gpu"), pytest.param(SMALL, id="emulated"))
 ROWS = (
     *(pytest.param(None, Size(*size), marks=pytest.mark.gpu, id=f"gpu-{size}") for size in (*SIZES, *LONG_ROWS)),
-    *(pytest.param(*path, id=f"emulated-{name}") for name, path in PATHS.items()),
+    *(pytest.param(path.device, path.size, id=f"emulated-{name}") for name, path in PATHS.items()),
 )
 NORMS = ((1.0, 1.0), (2.0, 1.0), (2.0, 2.0), (1.5, 1.0), (3.0, 2.0), (math.inf, 1.0))
 
