@@ -2,7 +2,8 @@
 //
 // A block loads a row, and puts what it loads into up to 227 KB of dynamic shared memory; the map takes it from there.
 // Of a row that is longer only the rest is read a second time, much of it from the L2 cache, because few such rows are
-// under way at once. Every thread takes back only what it put there itself, so no barrier is needed.
+// under way at once. Every thread takes back only what it put there itself, and its slots are the same in every row, so
+// no barrier is needed.
 #pragma once
 
 #include "rows.cuh"
@@ -20,6 +21,9 @@ template <typename Op>
 struct Stash {
   static constexpr bool KEEPS_Q = Op::READS_Q && Op::MAP_READS_Q;
   uint4* slots;
+  // Chunks that there is room for, of each input: they lie this far apart, however many of them a row has. Else a
+  // thread that is ahead would put its next row where another has yet to take its last.
+  int64_t capacity;
   int64_t chunks;  // those of the row that fit
   bool q_wide;
 
@@ -31,10 +35,10 @@ struct Stash {
   __device__ __forceinline__ void put(int64_t chunk, const Chunk& values) const {
     uint4* slot = slots + chunk;
     *slot = values.x;
-    if constexpr (Op::READS_V) *(slot += chunks) = values.v;
+    if constexpr (Op::READS_V) *(slot += capacity) = values.v;
     if constexpr (KEEPS_Q) {
-      *(slot += chunks) = values.q[0];
-      if (q_wide) *(slot += chunks) = values.q[1];
+      *(slot += capacity) = values.q[0];
+      if (q_wide) *(slot += capacity) = values.q[1];
     }
   }
 
@@ -42,10 +46,10 @@ struct Stash {
     const uint4* slot = slots + chunk;
     Chunk values;
     values.x = *slot;
-    if constexpr (Op::READS_V) values.v = *(slot += chunks);
+    if constexpr (Op::READS_V) values.v = *(slot += capacity);
     if constexpr (KEEPS_Q) {
-      values.q[0] = *(slot += chunks);
-      if (q_wide) values.q[1] = *(slot += chunks);
+      values.q[0] = *(slot += capacity);
+      if (q_wide) values.q[1] = *(slot += capacity);
     }
     return values;
   }
@@ -101,7 +105,7 @@ __global__ void __launch_bounds__(STASH_BLOCK, 1)
   for (int64_t r = blockIdx.x; r < rows.rows; r += gridDim.x) {
     const Row<Op> row(rows, r);
     const int64_t fitting = capacity < row.body ? capacity : row.body;
-    const Stash<Op> stash{reinterpret_cast<uint4*>(dynamic_shared_memory()), fitting, rows.q_wide};
+    const Stash<Op> stash{reinterpret_cast<uint4*>(dynamic_shared_memory()), capacity, fitting, rows.q_wide};
     const auto scalars = op.scalars(r);
     auto state = op.identity();
     accumulate_and_stash(op, state, scalars, rows, row, stash);

@@ -1,11 +1,13 @@
-"""What the tests on a GPU share."""
+"""What the tests on a GPU share, and those of the CUDA kernels, which run in an emulation as well."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import cuda_emulation
 import pytest
 import torch
+from cuda_cases import Machine
 
 from rds_fast import backends
 
@@ -16,3 +18,14 @@ def native_cuda() -> Iterator[None]:
     assert backends.failure("native", "cuda") is None, backends.failure("native", "cuda")
     yield
     torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """Where the CUDA kernels run: the emulated device that is the test's parameter, or the GPU where that is None."""
+    if request.param is None:
+        request.getfixturevalue("native_cuda")
+        yield Machine(torch.ops.rds_fast_native, "cuda")
+        return
+    with cuda_emulation.emulated(request.param) as kernels:
+        yield Machine(kernels, "cpu")
