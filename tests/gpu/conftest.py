@@ -16,3 +16,11 @@ def native_cuda() -> Iterator[None]:
     assert backends.failure("native", "cuda") is None, backends.failure("native", "cuda")
     yield
     torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def large_memory_is_given_back() -> Iterator[None]:
+    """Several processes share the GPU, and what PyTorch keeps for later the others cannot have."""
+    yield
+    if torch.cuda.memory_reserved() > 2**31:
+        torch.cuda.empty_cache()

@@ -143,7 +143,6 @@ def test_the_forward_s_backend_runs_every_pass(backend: str) -> None:
     assert in_forward >= {"cross_entropy", "logsumexp_backward", "gradient_norm"}
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", [*PENALTIES, "finite difference"])
 def test_a_step_reads_no_device_value(name: str, dtype: torch.dtype) -> None:
@@ -165,7 +164,6 @@ def test_a_step_reads_no_device_value(name: str, dtype: torch.dtype) -> None:
             x.sum().item()
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("of", ["cross_entropy", "target_logit"])
 def test_ignored_rows_have_no_penalty(of: str) -> None:
     """As on the CPU, with no assertion of the device and no value read from it."""
