@@ -18,8 +18,11 @@ WORKERS = [
 ]
 ROOT = Path(__file__).parents[2]
 
-# Bytes of stack, by release of Triton, kernel and case: of 128 registers 3.6 leaves two on the stack, 3.7 none.
-STACK = {("3.6", "group_norm_double_backward._double_backward_kernel", "64x8192x1 in 1 bfloat16"): 8}
+# Bytes of stack by release of Triton, kernel and case. 3.7 takes none; in the second case registers are not short.
+STACK = {
+    ("3.6", "group_norm_double_backward._double_backward_kernel", "64x8192x1 in 1 bfloat16"): 8,
+    ("3.6", "batch_norm_backward._backward_sums_kernel", "256x64x56x56 contiguous_format float32"): 8,
+}
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
