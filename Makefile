@@ -50,15 +50,14 @@ bench: setup
 # All but the step compiled as one graph, whose compilation takes minutes; bench/step.py alone measures it too.
 STEP_PROVIDERS := cross_entropy cross_entropy_fused eager finite_difference ours ours_fused
 
-# For the GPUs present, and failing rather than going on without the kernels that it is to test.
+# For the GPUs present, and failing rather than going on without the kernels that it is to test. Once those are built,
+# all runs to its end, and what failed is named last.
 gpu: export RDS_FAST_CUDA_ARCHITECTURES =
 gpu: export RDS_FAST_NATIVE = 1
 gpu: export RDS_FAST_CUDA = 1
 gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m pytest -m gpu tests/gpu -p no:cacheprovider
-	$(PYTHON) bench/kernels.py --device cuda
-	$(PYTHON) bench/step.py --device cuda --preset resnet18-h200 resnet50-h200 --providers $(STEP_PROVIDERS)
+	$(PYTHON) tests/gpu/everything.py
 
 lint: $(VENV)/.dependencies
 	@$(BIN)/ruff check .

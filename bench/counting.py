@@ -161,13 +161,18 @@ def total(counts: Iterable[Count]) -> Count:
 
 
 def _as_on_a_device(operation: Any, args: tuple[Any, ...], results: Any) -> Any:
-    """The input gradient of a convolution comes in the input's memory format; the meta function forgets it.
+    """The gradients of a convolution's input and weight come in the memory formats of these; the meta function forgets.
 
-    It would then be copied into that format, which no device does.
+    They would then be copied into those formats, which no device does; in PyTorch 2.11 every weight gradient would be.
     """
-    if operation is not aten.convolution_backward.default or results[0] is None or not results[0].is_meta:
+    if operation is not aten.convolution_backward.default:
         return results
-    return torch.empty_like(args[1]), *results[1:]
+    *of_tensors, of_bias = results
+    formatted = (
+        torch.empty_like(tensor) if gradient is not None and gradient.is_meta else gradient
+        for gradient, tensor in zip(of_tensors, args[1:3], strict=True)
+    )
+    return *formatted, of_bias
 
 
 class Traffic(TorchDispatchMode):

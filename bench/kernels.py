@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,16 +179,22 @@ def main() -> None:
     providers = arguments.providers or ["torch", *ours]
     keep_freed_memory()
     print(f"{device_name(device)}, torch {torch.__version__}; medians of {arguments.rounds} interleaved rounds")
+    failed = 0
     for operation in arguments.operations:
         for dtype in dtypes:
             for size in sizes:
                 for mode in arguments.modes:
                     case = (operation, mode, size, getattr(torch, dtype), providers, device, arguments.rounds)
-                    figures = "  ".join(
-                        f"{name} {rate:.1f} GB/s ({share:.0%})" for name, rate, share in run_case(*case)
-                    )
+                    try:
+                        rates = run_case(*case)
+                    except Exception:  # one case keeps nothing from the others
+                        figures, failed = f"failed: {traceback.format_exc()}", failed + 1
+                    else:
+                        figures = "  ".join(f"{name} {rate:.1f} GB/s ({share:.0%})" for name, rate, share in rates)
                     print(f"{operation:14} {dtype:9} {size:>13} {mode:16} {figures}", flush=True)
     print(f"appended to {Results('kernels', device).path}")
+    if failed:
+        sys.exit(f"{failed} cases failed")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -84,20 +85,25 @@ def prepare(provider: str, network: nn.Module, case: Case, batch: tuple[Tensor, 
     return Runner(network, run)
 
 
-def prepare_all(case: Case, device: torch.device, arguments: argparse.Namespace) -> dict[str, Runner]:
+def prepare_all(case: Case, device: torch.device, arguments: argparse.Namespace) -> tuple[dict[str, Runner], list[str]]:
+    """The providers that can run, and those of ours that failed, which keep nothing from the others."""
     torch.manual_seed(0)
     network, batch = case.network(device), case.batch(device)
-    runners = {}
+    runners, failed = {}, []
     for provider in arguments.providers:
         try:
             runner = prepare(provider, network, case, batch, arguments.optimizer)
         except NotAvailable as reason:
             print(f"{provider:20} not available: {reason}", flush=True)
             continue
+        except Exception:
+            print(f"{provider:20} failed: {traceback.format_exc()}", flush=True)
+            failed.append(provider)
+            continue
         runners[provider] = runner
         loss = float(runner.run())
         print(f"{provider:20} loss {loss:.6f}, norm of the gradient {runner.gradient_norm():.6f}", flush=True)
-    return runners
+    return runners, failed
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
@@ -128,14 +134,14 @@ def profile(run: Callable[[], object], device: torch.device, rows: int) -> None:
         print(f"{time[event.key] * 1e-3:10.3f} ms {time[event.key] / total:6.1%} {event.count:6} x  {event.key[:100]}")
 
 
-def measure(case: Case, device: torch.device, arguments: argparse.Namespace) -> None:
-    """Measures one case, appends its records and prints them."""
-    runners = prepare_all(case, device, arguments)
+def measure(case: Case, device: torch.device, arguments: argparse.Namespace) -> list[str]:
+    """Measures one case, appends its records, prints them, and returns the providers that failed."""
+    runners, failed = prepare_all(case, device, arguments)
     if not runners:
-        return
+        return failed
     if arguments.profile:
         profile(runners[arguments.profile].run, device, arguments.rows)
-        return
+        return failed
     times = interleaved_seconds({name: r.run for name, r in runners.items()}, device, arguments.rounds)
     results = Results("step", device)
     record = {
@@ -159,7 +165,8 @@ def measure(case: Case, device: torch.device, arguments: argparse.Namespace) -> 
             results.append(numpy.array([peak]), provider=provider, metric="peak_memory", unit="B", **record)
             line += f"{peak * 1e-9:12.2f}"
         print(line, flush=True)
-    print(f"appended to {results.path}")
+    print(f"appended to {results.path}", flush=True)
+    return failed
 
 
 def parse() -> argparse.Namespace:
@@ -200,11 +207,14 @@ def main() -> None:
         autocast=AUTOCAST[arguments.amp],
         channels_last=arguments.channels_last,
     )
+    failed = []
     for case in [PRESETS[name] for name in arguments.preset] if arguments.preset else [own]:
         case = case._replace(mode=arguments.mode)
         layout = "channels-last" if case.channels_last else "contiguous"
         print(f"{device_name(device)}, torch {torch.__version__}; {case.size}, {case.precision}, {layout}, {case.mode}")
-        measure(case, device, arguments)
+        failed += measure(case, device, arguments)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@
 namespace rds_fast::cpu {
 
 void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
 }
 
 int64_t thread_count() { return torch::stable::get_num_threads(); }

