@@ -137,6 +137,11 @@ def automatic(device_type: str, native_on: tuple[str, ...] = ("cpu", "cuda")) ->
     )
 
 
+def _nothing_fused() -> bool:
+    """Whether the compiler traces, or forward mode is on."""
+    return torch.compiler.is_compiling() or forward_ad._current_level >= 0
+
+
 def select(x: Tensor, native_on: tuple[str, ...] = ("cpu", "cuda")) -> str:
     """The implementation that an operation on ``x`` uses now.
 
@@ -147,7 +152,7 @@ def select(x: Tensor, native_on: tuple[str, ...] = ("cpu", "cuda")) -> str:
 
     ``native_on``: the devices for which the operation has native kernels.
     """
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    if _nothing_fused():
         return "reference"
     device_type = x.device.type
     requested = _requested.get()
@@ -176,3 +181,13 @@ def select_for_layer(x: Tensor) -> str:
     if torch._C._functorch.maybe_current_level() is not None:
         return "reference"
     return select(x, native_on=LAYERS_NATIVE_ON)
+
+
+def runs_plainly(x: Tensor) -> bool:
+    """Whether PyTorch's own function runs in place of one of ours that is made of PyTorch's kernels alone.
+
+    Which kernels ``use_backend`` forces does not concern such an operation, only whether it is the reference.
+    """
+    if _requested.get() in ("native", "triton"):
+        return _nothing_fused() or torch._C._functorch.maybe_current_level() is not None
+    return select_for_layer(x) == "reference"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from .backends import select_for_layer
+from .backends import runs_plainly
 from .ops import activation, convolution, pooling
 from .ops.batch_norm import batch_norm
 from .ops.group_norm import group_norm, instance_norm, layer_norm
@@ -161,7 +161,7 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """PyTorch's composition of matrix products and a softmax, which it can differentiate to any order."""
-    if select_for_layer(query) == "reference":
+    if runs_plainly(query):
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )

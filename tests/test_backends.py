@@ -66,6 +66,20 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> 
     backends._triton_failure.cache_clear()
 
 
+def test_a_forced_backend_does_not_concern_what_is_made_of_pytorch_s_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backends._triton_failure.cache_clear()
+    x = torch.randn(2, 3, 8, 8)
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
+    with rds_fast.use_backend("triton"), rds_fast.fast_double_backward():
+        y = layers(x)
+        with pytest.raises(RuntimeError, match=r"'triton' was requested .* on cpu"):
+            torch.nn.functional.batch_norm(y, None, None, training=True)
+    assert "Convolution" in type(y.grad_fn.next_functions[0][0].next_functions[0][0]).__name__
+    assert torch.equal(y, layers(x))
+    backends._triton_failure.cache_clear()
+
+
 def test_the_choice_of_the_forward_holds_in_the_backward() -> None:
     if "native" not in backends.available("cpu"):
         pytest.skip(str(backends.failure("native", "cpu")))

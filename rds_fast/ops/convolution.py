@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import select_for_layer
+from ..backends import runs_plainly
 from . import deferral
 from .aliases import take_alias
 from .engine import is_wanted, queryable
@@ -187,7 +187,7 @@ def _can_run(plain: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: 
         and any(t.requires_grad for t in tensors)
         and weight.dim() == rank + 2
         and input.dim() in (rank + 1, rank + 2)
-        and select_for_layer(input) != "reference"
+        and not runs_plainly(input)
     )
 
 

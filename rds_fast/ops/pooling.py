@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import select_for_layer
+from ..backends import runs_plainly
 from .function import Function
 from .registration import derivative
 
@@ -138,7 +138,7 @@ _MAX_POOLS: dict[Any, Any] = {
 
 
 def _can_run(input: Tensor) -> bool:
-    return torch.is_grad_enabled() and input.requires_grad and select_for_layer(input) != "reference"
+    return torch.is_grad_enabled() and input.requires_grad and not runs_plainly(input)
 
 
 def _plain(size: Size) -> int | tuple[int, ...]:

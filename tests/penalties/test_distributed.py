@@ -7,11 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import distributed_steps
 import pytest
 import torch
-
-from tests.penalties import distributed_steps
-from tests.penalties.distributed_steps import LOSSES, PROCESSES, network
+from distributed_steps import LOSSES, PROCESSES, network
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
