@@ -188,6 +188,6 @@ def runs_plainly(x: Tensor) -> bool:
 
     Which kernels ``use_backend`` forces does not concern such an operation, only whether it is the reference.
     """
-    if _requested.get() in ("native", "triton"):
-        return _nothing_fused() or torch._C._functorch.maybe_current_level() is not None
-    return select_for_layer(x) == "reference"
+    if _nothing_fused() or torch._C._functorch.maybe_current_level() is not None:
+        return True
+    return _requested.get() not in ("native", "triton") and select(x) == "reference"

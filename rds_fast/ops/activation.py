@@ -155,11 +155,11 @@ class ActivationDoubleBackward(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.name = inputs[3].name
+        ctx.activation = inputs[3].name
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise third_derivative(f"the activation {ctx.name}")
+        raise third_derivative(f"the activation {ctx.activation}")
 
 
 def _activate(input: Tensor, kind: Kind, function: Callable[[Tensor], Tensor], inplace: bool = False) -> Tensor:

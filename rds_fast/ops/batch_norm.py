@@ -226,14 +226,13 @@ class BatchNormBackward(Function):
         ctx: Any, v: Tensor | None, vweight: Tensor | None, vbias: Tensor | None, vresidual: Tensor | None, _: Any
     ) -> Any:
         rest = (None,) * 4
-        if all(cotangent is None for cotangent in (v, vweight, vbias, vresidual)):
-            assert not deferral.is_awaited(ctx)  # whoever waits for gx has sent v
+        awaited = deferral.is_awaited(ctx)
+        if not awaited and all(cotangent is None for cotangent in (v, vweight, vbias, vresidual)):
             return *(None,) * 9, *rest
         saved = ctx.saved_tensors
         v, vresidual = (None if t is None else laid_out_like(t, saved[1]) for t in (v, vresidual))
         vweight, vbias = (None if t is None else t.contiguous() for t in (vweight, vbias))  # expanded, for a sum
         *options, backend = ctx.options
-        awaited = deferral.is_awaited(ctx)
         du, dx, dweight, gx = derivative(
             BatchNormDoubleBackward, v, vweight, vbias, vresidual, *saved, *options, awaited, backend
         )

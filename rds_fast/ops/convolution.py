@@ -97,12 +97,13 @@ class ConvolutionBackward(Function):
             g, like_x = saved[0], saved.like(1)
             dx = derivative(ConvolutionBackward, g, like_x, weight_v, ctx.geometry, (True, False, False))[0]
         if v is not None and is_wanted(ctx, 2):
+            geometry, like_weight = ctx.geometry, weight  # ctx itself must not wait
 
-            def weight_gradient(g: Tensor) -> Any:
-                return derivative(ConvolutionBackward, g, v, weight, ctx.geometry, (False, True, False))[1]
+            def weight_gradient(v: Tensor, g: Tensor) -> Any:
+                return derivative(ConvolutionBackward, g, v, like_weight, geometry, (False, True, False))[1]
 
-            if g is not None or not (saved.is_rebuilt(0) and deferral.leave(ctx, 2, weight_gradient)):
-                dw = weight_gradient(saved[0] if g is None else g)
+            if g is not None or not (saved.is_rebuilt(0) and deferral.leave(ctx, 2, v, weight_gradient)):
+                dw = weight_gradient(v, saved[0] if g is None else g)
         return dg, dx, dw, None, None
 
 

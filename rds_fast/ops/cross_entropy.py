@@ -101,6 +101,7 @@ class CrossEntropyWithLogSumExp(Function):
     @staticmethod
     def backward(ctx: Any, g_ce: Tensor | None, g_lse: Tensor | None, _: Any) -> Any:
         logits, target, lse = ctx.saved_tensors
+        lse = lse.detach()  # the double backward gives total derivatives
         if g_ce is None and g_lse is None:
             gradient = None
         elif g_ce is None:  # the inner pass of the density penalty: the target does not enter

@@ -25,10 +25,15 @@ from torch import Tensor
 
 
 class _Waiting(NamedTuple):
-    """A weight gradient ``compute(g)`` for the node of a convolution's forward. run: the engine's, which asked."""
+    """A weight gradient W(v, g) = ``compute(v, g)`` for the node of a convolution's forward.
 
-    run: int
-    compute: Callable[[Tensor], Tensor]
+    version: v's, which nobody may change meanwhile. Nothing of it may lead to a node of the double backward: if the run
+    breaks off, the node where it waits would keep itself alive, by edges that Python's garbage collector cannot see.
+    """
+
+    compute: Callable[[Tensor, Tensor], Tensor]
+    v: Tensor
+    version: int
     convolution: Any
 
 
@@ -45,13 +50,14 @@ def take_for(ctx: Any, edge: int) -> None:
     ctx.edge_to_weight = edge
 
 
-def leave(ctx: Any, edge: int, compute: Callable[[Tensor], Tensor]) -> bool:
-    """Whether dw = compute(g) is left to the node of the operation that gave g, and the caller is to return none.
+def leave(ctx: Any, edge: int, v: Tensor, compute: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """Whether dw = compute(v, g) is left to the node of the operation that gave g, and the caller is to return none.
 
     Args:
         ctx: the node of a convolution's backward, now being differentiated; its first argument is g.
         edge: the position among its tensor arguments of the weight, whose gradient is wanted.
-        compute: dw from g.
+        v: what came to ``ctx``.
+        compute: dw from v and g. It must not hold ``ctx``.
     """
     source = ctx.next_functions[0][0]
     convolution = _node_before(source)
@@ -59,8 +65,8 @@ def leave(ctx: Any, edge: int, compute: Callable[[Tensor], Tensor]) -> bool:
         return False
     if convolution.next_functions[convolution.edge_to_weight] != ctx.next_functions[edge]:
         return False
-    waiting = _Waiting(torch._C._current_graph_task_id(), compute, convolution)
-    source.waiting = [*_of_this_run(source, "waiting"), waiting]
+    version = 0 if v.is_inference() else v._version
+    _left(source, "waiting").append(_Waiting(compute, v.detach() if v.requires_grad else v, version, convolution))
     return True
 
 
@@ -72,27 +78,39 @@ def _node_before(source: Any) -> Any:
     return before if hasattr(before, "edge_to_weight") else None
 
 
-def _of_this_run(ctx: Any, name: str) -> list[Any]:
-    """What was left at a node by the present run of the engine, and not by one that broke off."""
-    run = torch._C._current_graph_task_id()
-    return [entry for entry in getattr(ctx, name, ()) if entry[0] == run]
+def _left(node: Any, name: str) -> list[Any]:
+    """What the present run of the engine has left at a node; to be added to.
+
+    Other runs may be under way on the same graph, nested in this one or on other threads. A run that breaks off leaves
+    it there for as long as the node lives.
+    """
+    runs: dict[int, list[Any]] = vars(node).setdefault(name, {})
+    return runs.setdefault(torch._C._current_graph_task_id(), [])
+
+
+def _take(node: Any, name: str) -> list[Any]:
+    """The same, and it is no longer there."""
+    return getattr(node, name, {}).pop(torch._C._current_graph_task_id(), [])
 
 
 def is_awaited(ctx: Any) -> bool:
     """Whether the node of a backward, now being differentiated, is to write g."""
-    return bool(_of_this_run(ctx, "waiting"))
+    return torch._C._current_graph_task_id() in getattr(ctx, "waiting", {})
 
 
 def deliver(ctx: Any, g: Tensor) -> None:
     """Compute what waits at a node for g, and bring it to the convolutions."""
-    for run, compute, convolution in _of_this_run(ctx, "waiting"):
-        convolution.arrived = [*_of_this_run(convolution, "arrived"), (run, compute(g))]
-    ctx.waiting = []
+    for waiting in _take(ctx, "waiting"):
+        if not waiting.v.is_inference() and waiting.v._version != waiting.version:
+            raise RuntimeError(
+                "the cotangent of a convolution's input gradient was changed in place, by a hook, before the gradient "
+                "of the convolution's weight was computed from it; let the hook change and return a copy"
+            )
+        _left(waiting.convolution, "arrived").append(waiting.compute(waiting.v, g))
 
 
 def collect(ctx: Any, gradient: Tensor | None) -> Tensor | None:
     """``gradient`` of a convolution's weight, and what has arrived at its node besides."""
-    for _, arrived in _of_this_run(ctx, "arrived"):
+    for arrived in _take(ctx, "arrived"):
         gradient = arrived if gradient is None else gradient + arrived
-    ctx.arrived = []
     return gradient

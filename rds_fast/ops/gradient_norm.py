@@ -76,13 +76,13 @@ class GradientNorm(Function):
         if g is None:
             return None, None, None, None, None
         x, saved = ctx.saved_tensors
-        saved = saved if saved.dim() == 2 else saved.unsqueeze(1)
+        saved = saved if saved.dim() == 2 else saved.detach().unsqueeze(1)
         gradient = derivative(GradientNormBackward, g, x, saved, ctx.p, ctx.power, ctx.backend)
         return gradient, None, None, None, None
 
 
 class GradientNormBackward(Function):
-    """gx = g k n^(k−1) u. The double backward's dx is the total derivative, through n too."""
+    """gx = g k n^(k−1) u. n comes without a graph: the double backward's dx is the total derivative, through n too."""
 
     generate_vmap_rule = True
 

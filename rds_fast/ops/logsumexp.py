@@ -86,11 +86,12 @@ class LogSumExp(Function):
     def backward(ctx: Any, g: Tensor | None, _: Any) -> Any:
         if g is None:
             return None, None, None
-        return derivative(LogSumExpBackward, g, *ctx.saved_tensors, ctx.backend), None, None
+        x, lse = ctx.saved_tensors
+        return derivative(LogSumExpBackward, g, x, lse.detach(), ctx.backend), None, None
 
 
 class LogSumExpBackward(Function):
-    """gx = g s. The gradient of lse is None: the double backward's dx is the total derivative, through l too."""
+    """gx = g s. lse comes without a graph: the double backward's dx is the total derivative, through l too."""
 
     generate_vmap_rule = True
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
 
 # Nodes that pass the logits on as they are. The number at the end of a node's name is stripped before the comparison.
@@ -60,7 +61,13 @@ def check_model(model: Any) -> None:
             f"the model is {found}; it must be a callable that maps x (N, ...) to logits (N, C), such as a "
             "torch.nn.Module"
         )
-    if isinstance(model, DistributedDataParallel) and model.static_graph:
+    if isinstance(model, torch.nn.Module) and torch.distributed.is_available() and torch.distributed.is_initialized():
+        for module in model.modules():
+            refuse_static_graph(module)
+
+
+def refuse_static_graph(module: Any) -> None:
+    if isinstance(module, DistributedDataParallel) and module.static_graph:
         raise ValueError(
             "the model is a DistributedDataParallel with static_graph=True, which averages the gradients when its "
             "first backward ends: that is the penalty's own, with respect to x, before there are any. Leave "
@@ -125,7 +132,7 @@ def refuse_compiled(model: Any) -> None:
 def refuse_compiled_logits(logits: Tensor) -> None:
     """The same by the logits' autograd node. A compiled function deeper in the graph raises in PyTorch's backward."""
     head = _head(logits)
-    if head is not None and head.name().startswith("CompiledFunction"):
+    if type(head).__name__.startswith("CompiledFunction"):
         raise _compiled("the logits come from a compiled function")
 
 
@@ -149,6 +156,8 @@ def check_given_logits(logits: Tensor, x: Tensor) -> None:
     if not logits.requires_grad:
         raise no_path()
     refuse_compiled_logits(logits)
+    # The node through which the results of a DistributedDataParallel go knows their module.
+    refuse_static_graph(getattr(logits.grad_fn, "ddp_weakref", lambda: None)())
 
 
 def refuse_normalised(logits: Tensor) -> None:
@@ -203,7 +212,9 @@ def _behind_views(node: Any) -> Any:
 
 def _kind(node: Any) -> str:
     """The name of one of PyTorch's autograd nodes without its number; "" for none and for a Function's."""
-    name = "" if node is None else node.name()
+    if node is None or isinstance(node, BackwardCFunction):  # whose name may be an attribute that hides the method
+        return ""
+    name = node.name()
     return name.rstrip("0123456789") if name[-1:].isdigit() else ""
 
 

@@ -251,3 +251,26 @@ def test_fake_tensors() -> None:
         rds_fast.gradient_norm(gx).sum().backward()
         assert x.grad is not None
         assert x.grad.shape == (4, 5)
+
+
+RESULTS: dict[str, tuple[Scalar, Scalar]] = {
+    "logsumexp": (lambda x: rds_fast.logsumexp(x, 1), lambda x: torch.logsumexp(x, 1)),
+    "cross_entropy": (
+        lambda x: rds_fast.cross_entropy_with_logsumexp(x, _target(x))[1],
+        lambda x: torch.logsumexp(x, 1),
+    ),
+    "gradient_norm": (lambda x: rds_fast.gradient_norm(x), lambda x: torch.linalg.vector_norm(x, dim=1)),
+}
+
+
+@pytest.mark.parametrize("operation", RESULTS)
+def test_a_hook_of_the_result_is_given_gradients_alone(fused_backend: str, operation: str) -> None:
+    """Also while the first backward is differentiated, in which the saved result takes part."""
+    found = []
+    for function in RESULTS[operation]:
+        x = X.clone().requires_grad_()
+        result = function(x)
+        result.register_hook(lambda gradient: gradient * 1)
+        (gradient,) = torch.autograd.grad(result.sum(), x, create_graph=True)
+        found += torch.autograd.grad(gradient.sin().sum(), x)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-14)

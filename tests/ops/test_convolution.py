@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -247,6 +247,33 @@ def test_no_zeros_are_summed_up(name: str) -> None:
     with Calls() as calls:
         torch.autograd.grad(gradient.square().sum(), leaf)
     assert not [func for func, _ in calls.calls if func in (aten.zeros_like.default, aten.zeros.default)]
+
+
+class Named(torch.autograd.Function):
+    """A user's function, whose node has an attribute that hides one of a node's methods."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.name = "mine"
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 2
+
+
+def test_a_neighbouring_node_whose_name_is_hidden() -> None:
+    layer, x = nn.Conv1d(2, 3, 2), torch.randn(1, 2, 5, requires_grad=True)
+    with fast_double_backward():
+        y = layer(Named.apply(x))
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), layer.weight)
+    expected = torch.func.grad(lambda w: 2 * _input_gradient(2 * x.detach(), w, layer.bias).sum())(layer.weight)
+    torch.testing.assert_close(second, expected)
+
+
+def _input_gradient(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.func.grad(lambda x: torch.conv1d(x, weight, bias).square().sum())(x)
 
 
 def test_numbers_of_numpy() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rds_fast import fast_double_backward, use_backend
+from rds_fast import backends, fast_double_backward, use_backend
 from rds_fast.ops import batch_norm
 
 
@@ -223,25 +226,121 @@ def test_a_graph_used_twice(layers: nn.Sequential, ran: Counter[str]) -> None:
     assert not interruptions
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoints(layers: nn.Sequential, reentrant: bool) -> None:
+def test_a_run_within_a_run(layers: nn.Sequential) -> None:
+    """Of the same graph, from a hook that runs between what is left and what takes it in."""
+
+    def step() -> list[Tensor]:
+        x = images()
+        hidden = layers[0](x)
+        penalties: list[Tensor] = []
+
+        def differentiate_within(gradient: Tensor) -> None:
+            if penalties:
+                torch.autograd.grad(penalties.pop(), list(layers.parameters()), retain_graph=True, allow_unused=True)
+
+        hidden.register_hook(differentiate_within)
+        penalty = squared_gradient(layers[1:](hidden), x)
+        penalties.append(penalty)
+        wanted = [parameter for parameter in layers.parameters() if parameter.dim() == 4]
+        return list(torch.autograd.grad(penalty, wanted, retain_graph=True))
+
+    compare(step)
+
+
+def test_threads_on_one_graph(layers: nn.Sequential) -> None:
+    x = images()
+    with fast_double_backward():
+        penalty = squared_gradient(layers(x), x)
+    weights = [layers[0].weight, layers[3].weight]
+    expected = torch.autograd.grad(penalty, weights, retain_graph=True)
+
+    def differentiate(_: int) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(penalty, weights, retain_graph=True)
+
+    with ThreadPoolExecutor(4) as threads:
+        for found in threads.map(differentiate, range(60)):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_run_that_breaks_off_keeps_nothing_alive(layers: nn.Sequential) -> None:
+    """Between what is left and what takes it in: at the gradient of the first convolution's result."""
+    broke_off = []
+
+    def fail(gradient: Tensor) -> None:
+        broke_off.append(True)
+        raise KeyboardInterrupt
+
+    def broken_step() -> weakref.ref[Tensor]:
+        x = images()
+        hidden = layers[0](x)
+        with fast_double_backward():
+            y = layers[1:](hidden := layers[0](x))
+        (of_hidden,) = torch.autograd.grad(y.sin().sum(), hidden, create_graph=True)
+        of_hidden.register_hook(fail)
+        (gradient,) = torch.autograd.grad(hidden, x, of_hidden, create_graph=True)
+        with pytest.raises(KeyboardInterrupt):
+            gradient.square().sum().backward()
+        return weakref.ref(x)
+
+    left = broken_step()
+    gc.collect()
+    assert broke_off == [True]
+    assert left() is None
+
+
+def test_a_cotangent_changed_in_place_raises(layers: nn.Sequential) -> None:
+    """PyTorch has computed the weight's gradient from it by then; here it would be of other values."""
+    x = images()
+    with fast_double_backward():
+        hidden = layers[0](x)
+        y = layers[1:](hidden)
+    (of_hidden,) = torch.autograd.grad(y.sin().sum(), hidden, create_graph=True)
+    (gradient,) = torch.autograd.grad(hidden, x, of_hidden, create_graph=True)
+    cotangent = torch.ones_like(gradient)
+
+    def overwrite(_: Tensor) -> None:
+        cotangent.zero_()
+
+    of_hidden.register_hook(overwrite)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        torch.autograd.grad(gradient, layers[0].weight, cotangent)
+
+
+def test_a_cotangent_that_a_hook_takes_away(layers: nn.Sequential) -> None:
+    """The batch norm's node gets nothing, and yet somebody waits for what it writes."""
+
+    def step() -> list[Tensor]:
+        x = images()
+        hidden = layers[0](x)
+        (of_hidden,) = torch.autograd.grad(layers[1](hidden).sin().sum(), hidden, create_graph=True)
+        assert of_hidden.grad_fn is not None
+        of_hidden.grad_fn.register_prehook(lambda cotangents: (None,) * len(cotangents))
+        (gradient,) = torch.autograd.grad(hidden, x, of_hidden, create_graph=True)
+        return list(torch.autograd.grad(gradient.square().sum(), layers[0].weight))
+
+    compare(step)
+
+
+def test_checkpoints(layers: nn.Sequential, ran: Counter[str]) -> None:
     """The whole penalty is recomputed inside the backward, by an engine's run within another."""
 
     def step() -> list[Tensor]:
         layers.zero_grad()
         x = images()
+        mode = backends._requested.get()
 
         def penalty(x: Tensor) -> Tensor:
-            with torch.enable_grad():
+            with torch.enable_grad(), use_backend(mode), fast_double_backward():
                 inner = x if x.requires_grad else x.detach().requires_grad_()
                 return squared_gradient(layers(inner), inner)
 
-        loss = checkpoint(penalty, x, use_reentrant=reentrant)
+        loss = checkpoint(penalty, x, use_reentrant=True)
         assert isinstance(loss, Tensor)
         loss.backward()
         return [parameter.grad for parameter in layers.parameters() if parameter.grad is not None]
 
     compare(step)
+    assert ran == {"beside": 2}
 
 
 def test_a_hook_of_the_weight_sees_the_whole_gradient(layers: nn.Sequential) -> None:

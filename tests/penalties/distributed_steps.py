@@ -8,12 +8,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rds_fast import DensityPenalty, InputGradientPenalty, PenalizedLoss
+from rds_fast import DensityPenalty, InputGradientPenalty, PenalizedLoss, density_penalty_from_logits
 from rds_fast.nn import fuse
 
 PROCESSES = 2
@@ -56,14 +57,23 @@ def gradients(name: str, model: nn.Module, rank: int) -> list[Tensor]:
 def main(rank: int, meeting: str, results: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=PROCESSES)
-    found = {}
+    found: dict[Any, Any] = {}
     for name in LOSSES:
         for fused in (False, True):
-            found[name, fused] = gradients(name, DistributedDataParallel(network(fused=fused)), rank)
-    try:
-        PenalizedLoss(DensityPenalty(), 0.5)(DistributedDataParallel(network(), static_graph=True), *batch(rank, 0))
-    except ValueError as error:
-        found["static graph", False] = str(error)
+            model = DistributedDataParallel(network(fused=fused), find_unused_parameters=fused)
+            found[name, fused] = gradients(name, model, rank)
+    static = DistributedDataParallel(network(), static_graph=True)
+    x, y = batch(rank, 0)
+    x.requires_grad_()
+    for refused in (
+        lambda: PenalizedLoss(DensityPenalty(), 0.5)(static, x, y),
+        lambda: DensityPenalty(method="finite_difference")(nn.Sequential(static), x),
+        lambda: density_penalty_from_logits(static(x), x),
+    ):
+        try:
+            refused()
+        except ValueError as error:
+            found.setdefault("static graph", []).append(str(error))
     torch.save(found, results)
     torch.distributed.destroy_process_group()
 
