@@ -30,6 +30,6 @@ def is_wanted(ctx: Any, index: int) -> bool:
     if not ctx.needs_input_grad[index]:
         return False
     node = ctx.next_functions[index][0]
-    if node is None or isinstance(node, torch._C._functions.AccumulateGrad):
+    if node is None or isinstance(node, torch._C._functions.AccumulateGrad):  # type: ignore[attr-defined]  # the stubs lack it
         return True
     return torch._C._will_engine_execute_node(node)
