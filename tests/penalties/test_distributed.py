@@ -30,12 +30,11 @@ def test_gradients_are_the_mean_over_processes(tmp_path: Path) -> None:
         for rank, file in enumerate(files)
     ]  # fmt: skip
     try:
-        for process in processes:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
+        errors = [process.communicate(timeout=300)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
+    assert [process.returncode for process in processes] == [0] * PROCESSES, "\n".join(errors)
     found = [torch.load(file) for file in files]
     for name in LOSSES:
         each = [distributed_steps.gradients(name, network(), rank) for rank in range(PROCESSES)]
