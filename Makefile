@@ -45,10 +45,7 @@ bench: setup
 	@$(BIN)/python bench/kernels.py
 	@$(BIN)/python bench/traffic.py
 	@$(BIN)/python bench/objectives.py
-	@$(BIN)/python bench/step.py --providers $(STEP_PROVIDERS)
-
-# All but the step compiled as one graph, whose compilation takes minutes; bench/step.py alone measures it too.
-STEP_PROVIDERS := cross_entropy cross_entropy_fused eager finite_difference ours ours_fused
+	@$(BIN)/python bench/step.py --without one_graph
 
 # For the GPUs present, and failing rather than going on without the kernels that it is to test. Once those are built,
 # all runs to its end, and what failed is named last.

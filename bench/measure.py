@@ -66,7 +66,7 @@ def _version(module: str) -> str:
 
 def commit() -> str:
     """The commit of this tree, with ``+`` where files differ from it; outside a repository, RDS_FAST_COMMIT."""
-    here = Path(__file__).parent
+    here, otherwise = Path(__file__).parent, os.environ.get("RDS_FAST_COMMIT", "")
     try:
         name = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True)
         changed = subprocess.run(
@@ -76,9 +76,9 @@ def commit() -> str:
             text=True,
         )
     except OSError:
-        return os.environ.get("RDS_FAST_COMMIT", "")
+        return otherwise
     if name.returncode:
-        return os.environ.get("RDS_FAST_COMMIT", "")
+        return otherwise
     return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 

@@ -180,6 +180,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mode", choices=["train", "eval"], default="train")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
+    parser.add_argument(
+        "--without", nargs="+", default=[], choices=PROVIDERS, help="such as one_graph, whose compilation takes minutes"
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     parser.add_argument("--optimizer", action="store_true", help="SGD's step is part of the step")
@@ -187,6 +190,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--profile", metavar="PROVIDER", choices=PROVIDERS, help="list this one's kernels instead")
     parser.add_argument("--rows", type=int, default=30, help="of the profile")
     arguments = parser.parse_args()
+    arguments.providers = [provider for provider in arguments.providers if provider not in arguments.without]
     if arguments.profile:
         arguments.providers = [arguments.profile]
     return arguments

@@ -137,12 +137,7 @@ def automatic(device_type: str, native_on: tuple[str, ...] = ("cpu", "cuda")) ->
     )
 
 
-def _nothing_fused() -> bool:
-    """Whether the compiler traces, or forward mode is on."""
-    return torch.compiler.is_compiling() or forward_ad._current_level >= 0
-
-
-def select(x: Tensor, native_on: tuple[str, ...] = ("cpu", "cuda")) -> str:
+def select(x: Tensor, native_on: tuple[str, ...] = ("cpu", "cuda"), *, has_kernels: bool = True) -> str:
     """The implementation that an operation on ``x`` uses now.
 
     Under the compiler's tracer it is the reference: the compiler fuses the plain formula itself, and a compiled
@@ -150,9 +145,10 @@ def select(x: Tensor, native_on: tuple[str, ...] = ("cpu", "cuda")) -> str:
     well: nested forward-mode derivatives lose terms in autograd Functions, again without an error. On meta tensors
     nothing runs, and the fused operation is to be seen whatever was built.
 
-    ``native_on``: the devices for which the operation has native kernels.
+    ``native_on``: the devices for which the operation has native kernels. ``has_kernels``: False for one that is made
+    of PyTorch's kernels alone, so that it does not matter whether those which ``use_backend`` forces can run.
     """
-    if _nothing_fused():
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return "reference"
     device_type = x.device.type
     requested = _requested.get()
@@ -162,6 +158,8 @@ def select(x: Tensor, native_on: tuple[str, ...] = ("cpu", "cuda")) -> str:
         return "native"
     if requested == "auto":
         return automatic(device_type, native_on)
+    if not has_kernels:
+        return requested
     reason = failure(requested, device_type)
     if reason is None and requested == "native" and device_type not in native_on:
         reason = f"this operation has no native kernel for {device_type}"
@@ -173,21 +171,16 @@ def select(x: Tensor, native_on: tuple[str, ...] = ("cpu", "cuda")) -> str:
     return requested
 
 
-def select_for_layer(x: Tensor) -> str:
+def select_for_layer(x: Tensor, *, has_kernels: bool = True) -> str:
     """As ``select``, for an operation of a network's layers: native kernels on CPU, Triton on GPUs.
 
     Inside a transformation of ``torch.func`` it is the reference too: these operations have no batching rules.
     """
     if torch._C._functorch.maybe_current_level() is not None:
         return "reference"
-    return select(x, native_on=LAYERS_NATIVE_ON)
+    return select(x, native_on=LAYERS_NATIVE_ON, has_kernels=has_kernels)
 
 
 def runs_plainly(x: Tensor) -> bool:
-    """Whether PyTorch's own function runs in place of one of ours that is made of PyTorch's kernels alone.
-
-    Which kernels ``use_backend`` forces does not concern such an operation, only whether it is the reference.
-    """
-    if _nothing_fused() or torch._C._functorch.maybe_current_level() is not None:
-        return True
-    return _requested.get() not in ("native", "triton") and select(x) == "reference"
+    """Whether PyTorch's own function runs in place of one of ours that is made of PyTorch's kernels alone."""
+    return select_for_layer(x, has_kernels=False) == "reference"
