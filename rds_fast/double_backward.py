@@ -48,19 +48,20 @@ class fast_double_backward(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled():
+        replacement = _REPLACEMENTS.get(func)
+        if replacement is None and not _is_functional(func):  # nearly all calls: the attributes of tensors among them
             return func(*args, **kwargs)
-        if any(kind not in (Tensor, torch.nn.Parameter) for kind in types):  # a subclass has its own ways
+        if not (torch.is_grad_enabled() and _PLAIN.issuperset(types)):  # a subclass has its own ways
             return func(*args, **kwargs)
-        replacement = replacement_of(func)
-        if replacement is not None:
-            if "out" in kwargs or _is_checkpointed():  # autograd has no part in what is written to an ``out``
-                return func(*args, **kwargs)
-            return replacement(*args, **kwargs)
-        if _is_functional(func):
+        if replacement is None:
             with self:
                 return _transparent(func)(*args, **kwargs)
-        return func(*args, **kwargs)
+        if "out" in kwargs or _is_checkpointed():  # autograd has no part in what is written to an ``out``
+            return func(*args, **kwargs)
+        return replacement(*args, **kwargs)
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def _is_checkpointed() -> bool:
@@ -170,25 +171,25 @@ def _attention(
     )[0]
 
 
+# PyTorch's functions and builtins, and what runs in their place.
+_REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    **{
+        plain: functools.partial(ours, plain)
+        for plain, ours in {**convolution.REPLACEMENTS, **pooling.REPLACEMENTS}.items()
+    },
+    **activation.REPLACEMENTS,
+    functional.batch_norm: batch_norm,
+    torch.batch_norm: _batch_norm,
+    functional.layer_norm: layer_norm,
+    torch.layer_norm: _layer_norm,
+    functional.group_norm: group_norm,
+    torch.group_norm: _group_norm,
+    functional.instance_norm: instance_norm,
+    torch.instance_norm: _instance_norm,
+    functional.scaled_dot_product_attention: _attention,
+}
+
+
 def replacement_of(function: Callable[..., Any]) -> Callable[..., Any] | None:
     """What runs in place of one of PyTorch's functions; None: the function itself."""
-    return _replacements().get(function)
-
-
-@functools.cache
-def _replacements() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """PyTorch's functions and builtins, and what runs in their place."""
-    families = {**convolution.REPLACEMENTS, **pooling.REPLACEMENTS}
-    return {
-        **{plain: functools.partial(ours, plain) for plain, ours in families.items()},
-        **activation.REPLACEMENTS,
-        functional.batch_norm: batch_norm,
-        torch.batch_norm: _batch_norm,
-        functional.layer_norm: layer_norm,
-        torch.layer_norm: _layer_norm,
-        functional.group_norm: group_norm,
-        torch.group_norm: _group_norm,
-        functional.instance_norm: instance_norm,
-        torch.instance_norm: _instance_norm,
-        functional.scaled_dot_product_attention: _attention,
-    }
+    return _REPLACEMENTS.get(function)

@@ -13,7 +13,6 @@ The forward is PyTorch's. The tensors lie in one order in memory, whatever it is
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -21,12 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import kernel
 from .rows import accumulator, float_pair, tl_aligned, tl_float
 
 # 8 elements a thread of 4 warps: 16-byte loads for 16-bit types.
 _BLOCK = 1024
 
-_element_kernel = functools.partial(triton.jit, do_not_specialize=("count", "a_high", "a_low", "b_high", "b_low"))
+_element_kernel = kernel("count", "a_high", "a_low", "b_high", "b_low")
 
 
 @triton.jit

@@ -10,7 +10,6 @@ is all channels; where S is large it is one channel, or few.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import triton
@@ -18,11 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import rows as row_tiles
+from .launching import kernel
 from .rows import accumulator, tl_aligned
 
 _TILE = 1024  # elements a program, 8 a thread
 
-_kernel = functools.partial(triton.jit, do_not_specialize=("C", "G", "D", "S", "units", "units_per_strip", "strips"))
+_kernel = kernel("C", "G", "D", "S", "units", "units_per_strip", "strips")
 
 
 @_kernel

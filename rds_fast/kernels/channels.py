@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..reference import accumulation_dtype
+from .launching import kernel
 from .rows import tl_aligned, tl_float
 
 # 1024 elements a tile are 8 a thread, one 16-byte load of a 16-bit type. A launch that sums takes several such parts at
@@ -62,7 +63,7 @@ class Launch:
     align: int  # a power of two, at most 16, that divides every distance between runs of contiguous values
     num_warps: int
 
-    @property
+    @cached_property
     def M(self) -> int:
         """The values of a channel."""
         return self.N * self.S
@@ -83,7 +84,7 @@ class Launch:
     def splits(self) -> int:
         return self._programs(_PROGRAMS)
 
-    @property
+    @cached_property
     def sum_grid(self) -> tuple[int, int]:
         return self.channel_blocks, self.splits
 
@@ -96,11 +97,11 @@ class Launch:
         block_p = max(16, triton.next_power_of_2(self.splits))
         return {"BLOCK_P": block_p, "BLOCK_C": max(1, _MERGE_TILE // block_p), "num_warps": 8}
 
-    @property
+    @cached_property
     def merge_grid(self) -> tuple[int]:
         return (triton.cdiv(self.C, self.merge_options["BLOCK_C"]),)
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, int, int, int]:
         """The arguments that every kernel over tiles takes."""
         return self.N, self.C, self.S, self.blocks
@@ -172,7 +173,7 @@ def _plane_tile(N: int, C: int, S: int, fold: int) -> tuple[int, int]:
 
 
 # Sizes change from call to call; ALIGN says what the compiler may know of them.
-channel_kernel = partial(triton.jit, do_not_specialize=("N", "C", "S", "M", "blocks", "splits", "eps_high", "eps_low"))
+channel_kernel = kernel("N", "C", "S", "M", "blocks", "splits", "eps_high", "eps_low")
 
 
 @triton.jit

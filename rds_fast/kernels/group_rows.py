@@ -8,7 +8,6 @@ A row is the D = C/G channels of a group in one sample, D·S values; a layer nor
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import rows as row_tiles
+from .launching import kernel
 from .rows import Launch, plan, tl_load
 
 # How a coefficient of a channel varies along a row.
@@ -24,9 +24,8 @@ BY_VALUE = tl.constexpr(0)  # each value has a channel of its own: S = 1
 BY_ROW = tl.constexpr(1)  # the row is one channel: an instance norm
 BY_RUN = tl.constexpr(2)  # each channel is a run of S values
 
-_SIZES = ("N", "C", "G", "D", "S", "splits", "split_length", "blocks_per_split", "row_blocks")
 # The decorator of every kernel.
-group_kernel = functools.partial(triton.jit, do_not_specialize=_SIZES)
+group_kernel = kernel("N", "C", "G", "D", "S", "splits", "split_length", "blocks_per_split", "row_blocks")
 
 
 @triton.jit

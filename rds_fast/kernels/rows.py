@@ -12,7 +12,6 @@ bits on every run.
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import accumulation_dtype
+from .launching import kernel
 
 
 class Tile(NamedTuple):
@@ -151,7 +151,7 @@ _SIZES = ("N", "C", "D", "splits", "blocks_per_split")
 _STRIDES = ("x_row_stride", "v_row_stride", "logits_row_stride", "target_stride")
 
 # The decorator of every kernel.
-row_kernel = functools.partial(triton.jit, do_not_specialize=(*_SIZES, *_STRIDES, "ignore_index"))
+row_kernel = kernel(*_SIZES, *_STRIDES, "ignore_index")
 
 
 @triton.jit

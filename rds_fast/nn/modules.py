@@ -57,8 +57,17 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor, epilogue: Epilogue | None = None) -> Tensor:
         if epilogue is None:
             return super().forward(input)
+        if type(input) is not Tensor or torch.compiler.is_compiling():
+            fused = self._with_epilogue(input, epilogue)
+        else:
+            with torch._C.DisableTorchFunction():  # one operation: what it consists of is not for function modes
+                fused = self._with_epilogue(input, epilogue)
+        return epilogue.apply(super().forward(input)) if fused is None else fused
+
+    def _with_epilogue(self, input: Tensor, epilogue: Epilogue) -> Tensor | None:
+        """Both in one operation, where it takes them."""
         if not _takes(epilogue, input):
-            return epilogue.apply(super().forward(input))
+            return None
         self._check_input_dim(input)
         tracked = not self.training or self.track_running_stats
         return batch_norm(

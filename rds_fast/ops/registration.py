@@ -3,6 +3,9 @@
 Its last argument names the backend that runs it. An operation that works row by row (dimension 0 of each tensor
 argument and of each result counts samples) has a batching rule, the same for all. The others, which the public
 functions never call inside a transformation of ``torch.func``, have none.
+
+The dispatcher's way to a kernel written in Python leads through Python twice and converts every argument four times,
+which takes longer than many a kernel. So the Functions beside an operation go past it where nobody would notice.
 """
 
 from __future__ import annotations
@@ -21,6 +24,13 @@ _library = torch.library.Library("rds_fast", "DEF")
 
 # The vmap of torch.autograd.grad, which is older than torch.func's. Parsed once, since that takes long.
 _VMAP_OF_AUTOGRAD: Any = torch._C._parse_dispatch_key("VmapMode")
+
+# What the dispatcher adds to an operation's own keys where no mode, transformation or tracer is at work.
+_KEY: Any = torch._C.DispatchKey
+_NOBODY_ELSE: Any = torch._C.DispatchKeySet(_KEY.BackendSelect).add(_KEY.ADInplaceOrView)
+
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_NUMBERS = frozenset((bool, int, float, str, type(None)))
 
 
 @functools.cache
@@ -49,8 +59,8 @@ def register(file: str, schema: str, fake: Callable[..., Any], *, row_wise: bool
         row_wise: whether it works row by row, and so has a batching rule.
 
     Returns:
-        The operation, to be called with the schema's arguments. It has no derivative of its own: it raises when
-        differentiated. The derivatives are the autograd Functions beside it.
+        A function of the schema's arguments that runs the operation. The operation has no derivative of its own: it
+        raises when differentiated. The derivatives are the autograd Functions beside it.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -74,7 +84,32 @@ def register(file: str, schema: str, fake: Callable[..., Any], *, row_wise: bool
         torch.library.register_autograd(qualified_name, refuse, lib=_library)
     if row_wise:
         torch.library.register_vmap(qualified_name, functools.partial(_run_batched, operation), lib=_library)
-    return operation
+
+    def call(*arguments: Any) -> Any:
+        return run(*arguments) if _is_unwatched(arguments) else operation(*arguments)
+
+    return call
+
+
+def _is_unwatched(arguments: tuple[Any, ...]) -> bool:
+    """Whether the dispatcher would do no more than find the kernel.
+
+    The profiler is to see the operation, and so is whatever may intercept it: modes (of dispatch, vmap, tracing,
+    functionalisation), subclasses of Tensor, the meta device. Autograd has to see it when gradients are enabled, in
+    order to refuse.
+    """
+    if torch.is_grad_enabled() or torch._C._autograd._profiler_enabled():
+        return False
+    if torch._C._dispatch_tls_local_include_set() != _NOBODY_ELSE:
+        return False
+    for argument in arguments:
+        kind = type(argument)
+        if kind in _TENSORS:
+            if argument.is_meta:
+                return False
+        elif kind not in _NUMBERS:
+            return False
+    return True
 
 
 def _run_mutating(operation: Any, refuse: Callable[..., None], *arguments: Any) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import cuda_emulation
 import pytest
 import torch
 from cuda_cases import Machine
 
+import rds_fast
 from rds_fast import backends
 
 
@@ -29,6 +32,38 @@ def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
         return
     with cuda_emulation.emulated(request.param) as kernels:
         yield Machine(kernels, "cpu")
+
+
+@contextmanager
+def _on_triton(monkeypatch: pytest.MonkeyPatch, with_file: bool) -> Iterator[Counter[str]]:
+    """Runs the public operations on Triton, and counts the kernels that the GPU is given, by name."""
+    from rds_fast.kernels.launching import Kernel
+
+    counter: Counter[str] = Counter()
+    launch = Kernel.launch
+
+    def counted(kernel: Kernel, *args: object, **options: object) -> None:
+        file = kernel.fn.__module__.rpartition(".")[2] if with_file else ""
+        counter[file + kernel.fn.__name__] += 1
+        launch(kernel, *args, **options)
+
+    monkeypatch.setattr(Kernel, "launch", counted)
+    with rds_fast.use_backend("triton"):
+        yield counter
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """Runs the public operations on Triton, and counts the kernels that the GPU is given."""
+    with _on_triton(monkeypatch, with_file=False) as counter:
+        yield counter
+
+
+@pytest.fixture
+def ran_by_file(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """As ``ran``, with the name of the file before that of the kernel."""
+    with _on_triton(monkeypatch, with_file=True) as counter:
+        yield counter
 
 
 @pytest.fixture(autouse=True)

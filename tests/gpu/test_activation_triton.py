@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-import rds_fast
 from rds_fast.ops import activation
 from tests.criteria import assert_accurate
 from tests.ops.activations import ALL, SMOOTH, orders, random, smooth_points, true_orders
 
 triton = pytest.importorskip("triton")
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("ran")]
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """Runs the public functions on Triton, and counts the kernels that the GPU is given."""
-    from triton.runtime.jit import JITFunction
-
-    counter: Counter[str] = Counter()
-    run = JITFunction.run
-
-    def counted(kernel: JITFunction, *args: object, **kwargs: object) -> object:
-        counter[kernel.fn.__name__] += 1
-        return run(kernel, *args, **kwargs)
-
-    monkeypatch.setattr(JITFunction, "run", counted)
-    with rds_fast.use_backend("triton"):
-        yield counter
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

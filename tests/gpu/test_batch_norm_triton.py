@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import rds_fast
-from rds_fast.ops import costs, registration
+from rds_fast.ops import costs
 from rds_fast.ops.batch_norm import batch_norm
 from tests.batch_norm_orders import OPTIONAL, check, inputs
 
@@ -36,25 +34,6 @@ SIZES = [
     ((3, 6, 111, 113), LAST),
     ((2, 20, 9, 10, 11), LAST_3D),
 ]
-
-
-@pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """Runs the public operation on Triton, and counts the kernels that the GPU is given."""
-    from triton.runtime.jit import JITFunction
-
-    counter: Counter[str] = Counter()
-    run = JITFunction.run
-
-    def counted(kernel: JITFunction, *args: object, **kwargs: object) -> object:
-        counter[kernel.fn.__name__] += 1
-        return run(kernel, *args, **kwargs)
-
-    monkeypatch.setattr(JITFunction, "run", counted)
-    registration._kernel.cache_clear()
-    with rds_fast.use_backend("triton"):
-        yield counter
-    registration._kernel.cache_clear()
 
 
 FORWARD = {"_statistics_kernel": 1, "_merge_kernel": 1, "_forward_kernel": 1}

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-import rds_fast
 from rds_fast.ops import group_norm as ours
 from tests.ops.test_group_norm import Case, assert_all_accurate, identify, inputs, orders, recorded, sizes_of_terms
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("ran")]
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 CASES = [
@@ -32,23 +31,6 @@ CASES = [
     Case("instance_norm", (6, 5, 14, 14), (6, 5, 196), 5),
     Case("instance_norm", (2, 3, 200_000), (2, 3, 200_000), 3),
 ]
-
-
-@pytest.fixture(autouse=True)
-def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """Runs the public operations on Triton, and counts the kernels that the GPU is given."""
-    from triton.runtime.jit import JITFunction
-
-    counter: Counter[str] = Counter()
-    run = JITFunction.run
-
-    def counted(kernel: JITFunction, *args: object, **kwargs: object) -> object:
-        counter[kernel.fn.__name__] += 1
-        return run(kernel, *args, **kwargs)
-
-    monkeypatch.setattr(JITFunction, "run", counted)
-    with rds_fast.use_backend("triton"):
-        yield counter
 
 
 def on_gpu(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:

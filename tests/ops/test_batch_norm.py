@@ -192,21 +192,25 @@ def raw_calls() -> list[tuple[Any, tuple[Any, ...]]]:
     x, u, v = (torch.randn(3, 4, 5, 2) for _ in range(3))
     weight, bias, mean, var = torch.randn(4), torch.randn(4), torch.randn(4), torch.rand(4) + 0.5
     y = torch.relu(x)
+    raw = torch.ops.rds_fast
     return [
-        (operation._forward, (x, weight, bias, None, None, None, 0.1, 1e-5, True, "native")),
-        (operation._forward, (x, None, None, u, mean.clone(), var.clone(), 0.1, 1e-5, False, "native")),
-        (operation._inference, (x, mean, var, weight, None, u, 1e-5, True, "native")),
-        (operation._backward, (u, v, x, y, weight, bias, mean, var, None, True, 1e-5, True, "native")),
-        (operation._backward, (u, None, x, None, None, bias, mean, var, v, False, 1e-5, True, "native")),
+        (raw.batch_norm.default, (x, weight, bias, None, None, None, 0.1, 1e-5, True, "native")),
+        (raw.batch_norm.default, (x, None, None, u, mean.clone(), var.clone(), 0.1, 1e-5, False, "native")),
+        (raw.batch_norm_inference.default, (x, mean, var, weight, None, u, 1e-5, True, "native")),
+        (raw.batch_norm_backward.default, (u, v, x, y, weight, bias, mean, var, None, True, 1e-5, True, "native")),
+        (raw.batch_norm_backward.default, (u, None, x, None, None, bias, mean, var, v, False, 1e-5, True, "native")),
         (
-            operation._double_backward,
+            raw.batch_norm_double_backward.default,
             (v, weight, bias, v, u, x, y, weight, bias, mean, var, True, 1e-5, True, True, "native"),
         ),
         (
-            operation._double_backward,
+            raw.batch_norm_double_backward.default,
             (v, None, None, None, u, x, None, weight, bias, mean, var, False, 1e-5, False, False, "native"),
         ),
-        (operation._input_gradient, (u, x, weight, bias, mean, var, torch.randn(2, 4), True, 1e-5, True, "native")),
+        (
+            raw.batch_norm_input_gradient.default,
+            (u, x, weight, bias, mean, var, torch.randn(2, 4), True, 1e-5, True, "native"),
+        ),
     ]
 
 
