@@ -97,6 +97,38 @@ def _seconds_cuda(function: Callable[[], object]) -> float:
     return start.elapsed_time(end) * 1e-3
 
 
+def host_seconds(function: Callable[[], object], device: torch.device, rounds: int = 5) -> numpy.ndarray:
+    """Seconds until each call returns, (rounds,): what the host takes to give a GPU its work, while that is idle."""
+    times = numpy.empty(rounds)
+    for round_number in range(rounds):
+        torch.cuda.synchronize(device)
+        times[round_number] = _seconds_cpu(function)
+    torch.cuda.synchronize(device)
+    return times
+
+
+def captured(function: Callable[[], object], device: torch.device, warm_up: int = 3) -> Callable[[], object]:
+    """The replay of a CUDA graph of a function without arguments: the work of its launches, and nearly no host time.
+
+    What the function returned while it was captured keeps its place in memory, and so has the values of each replay.
+    """
+    aside = torch.cuda.Stream(device)
+    aside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(aside):
+        for _ in range(warm_up):
+            function()
+    torch.cuda.current_stream(device).wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+
+    def replay() -> object:
+        graph.replay()
+        return result
+
+    return replay
+
+
 def interleaved_seconds(
     functions: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, warm_up: int = 3
 ) -> dict[str, numpy.ndarray]:

@@ -4,12 +4,14 @@
     python bench/step.py --mode eval --providers cross_entropy eager ours --threads 2
     python bench/step.py --preset resnet50-h200               # bf16 autocast, channels-last, batch 256 at 224²
     python bench/step.py --preset resnet18-h200 --profile ours --rounds 5
+    python bench/step.py --preset resnet18-h200 --cuda-graph  # each step captured once and replayed
 
 A step is forward, penalty and backward into the parameters' gradients; ``--optimizer`` adds SGD with momentum. Every
 provider has a network of its own with the same weights. Before the timing each says its loss and the norm of its
 gradient: a step that computes something else is not a rival. (The finite difference approximates, and leaves autocast;
 PyTorch's TF32 convolutions, its default on CUDA, stay on for it, which it pays for in accuracy.) Ratios are taken
-within a round. Peak memory is that of one step, above what stood before it.
+within a round. On a GPU the host's time is given beside: where it is not much shorter than the step's, the GPU waited.
+Peak memory is that of one step, above what stood before it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.measure import Results, device_name, interleaved_seconds, keep_freed_memory
+from bench.measure import Results, captured, device_name, host_seconds, interleaved_seconds, keep_freed_memory
 from bench.one_graph import one_graph_step
 from bench.steps import LOSSES, Case, NotAvailable, attempt
 
@@ -67,7 +69,15 @@ def provider_step(provider: str, network: nn.Module, case: Case, device: torch.d
     return step
 
 
-def prepare(provider: str, network: nn.Module, case: Case, batch: tuple[Tensor, Tensor], optimizer: bool) -> Runner:
+def prepare(
+    provider: str,
+    network: nn.Module,
+    case: Case,
+    batch: tuple[Tensor, Tensor],
+    *,
+    optimizer: bool = False,
+    cuda_graph: bool = False,
+) -> Runner:
     """The provider's step, run once, on a network of its own."""
     x, y = batch
     network = copy.deepcopy(network)
@@ -82,7 +92,7 @@ def prepare(provider: str, network: nn.Module, case: Case, batch: tuple[Tensor, 
             update.step()
         return loss
 
-    return Runner(network, run)
+    return Runner(network, attempt(provider, lambda: captured(run, x.device)) if cuda_graph else run)
 
 
 def prepare_all(case: Case, device: torch.device, arguments: argparse.Namespace) -> tuple[dict[str, Runner], list[str]]:
@@ -92,7 +102,8 @@ def prepare_all(case: Case, device: torch.device, arguments: argparse.Namespace)
     runners, failed = {}, []
     for provider in arguments.providers:
         try:
-            runner = prepare(provider, network, case, batch, arguments.optimizer)
+            options = {"optimizer": arguments.optimizer, "cuda_graph": arguments.cuda_graph}
+            runner = prepare(provider, network, case, batch, **options)
         except NotAvailable as reason:
             print(f"{provider:20} not available: {reason}", flush=True)
             continue
@@ -144,13 +155,14 @@ def measure(case: Case, device: torch.device, arguments: argparse.Namespace) -> 
         return failed
     times = interleaved_seconds({name: r.run for name, r in runners.items()}, device, arguments.rounds)
     results = Results("step", device)
+    operation = "training_step" + ("_with_optimizer" if arguments.optimizer else "")
     record = {
-        "operation": "training_step_with_optimizer" if arguments.optimizer else "training_step",
+        "operation": operation + ("_as_cuda_graph" if arguments.cuda_graph else ""),
         "mode": case.mode,
         "size": case.size,
         "dtype": case.precision + (", channels-last" if case.channels_last else ""),
     }
-    print(f"\n{'':20}{'ms':>10}  {'p20 to p80':20}{'ratio':>7}  {'p20 to p80':14}{'GB at peak':>12}")
+    print(f"\n{'':20}{'ms':>10}  {'p20 to p80':20}{'ratio':>7}  {'p20 to p80':14}{'host ms':>10}{'GB at peak':>12}")
     for provider, seconds in times.items():
         results.append(seconds, provider=provider, metric="time", unit="s", **record)
         low, middle, high = numpy.percentile(seconds * 1e3, (20, 50, 80))
@@ -161,6 +173,10 @@ def measure(case: Case, device: torch.device, arguments: argparse.Namespace) -> 
             low, middle, high = numpy.percentile(ratio, (20, 50, 80))
             line += f"{middle:7.3f}  {f'{low:.3f} to {high:.3f}':14}"
         if device.type == "cuda":
+            host = host_seconds(runners[provider].run, device)
+            results.append(host, provider=provider, metric="host_time", unit="s", **record)
+            line += f"{numpy.median(host) * 1e3:10.2f}"
+        if device.type == "cuda" and not arguments.cuda_graph:  # whose memory is kept from step to step
             peak = peak_bytes(runners[provider].run, device)
             results.append(numpy.array([peak]), provider=provider, metric="peak_memory", unit="B", **record)
             line += f"{peak * 1e-9:12.2f}"
@@ -186,10 +202,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     parser.add_argument("--optimizer", action="store_true", help="SGD's step is part of the step")
+    parser.add_argument("--cuda-graph", action="store_true", help="capture each step and replay it; on a GPU only")
     parser.add_argument("--keep-freed-memory", action="store_true", help="glibc keeps freed pages, as in kernels.py")
     parser.add_argument("--profile", metavar="PROVIDER", choices=PROVIDERS, help="list this one's kernels instead")
     parser.add_argument("--rows", type=int, default=30, help="of the profile")
     arguments = parser.parse_args()
+    if arguments.cuda_graph and not arguments.device.startswith("cuda"):
+        parser.error(f"--cuda-graph needs a CUDA device, and --device is {arguments.device}")
     arguments.providers = [provider for provider in arguments.providers if provider not in arguments.without]
     if arguments.profile:
         arguments.providers = [arguments.profile]

@@ -59,12 +59,22 @@ def tests(parts: int) -> list[Part]:
 
 DOCTOR = Part("doctor", ("-m", "rds_fast", "doctor"), 90)
 LARGE_TESTS = Part("tests-large", pytest("-k", LARGE), 90)
+
+
+def step(*arguments: str) -> tuple[str, ...]:
+    return "bench/step.py", "--device", "cuda", *arguments
+
+
+# Steps that wait for the host unless they are captured.
+SMALL = ("--batch-size", "128", "--amp", "bf16", "--channels-last")
+EXACT = ("--providers", "cross_entropy", "eager", "ours", "ours_fused")
 BENCHES = [
     Part("kernels", ("bench/kernels.py", "--device", "cuda"), 200),
-    *(
-        Part(preset, ("bench/step.py", "--device", "cuda", "--preset", preset, "--without", "one_graph"), 200)
-        for preset in ("resnet18-h200", "resnet50-h200")
-    ),
+    Part("resnet18-h200", step("--preset", "resnet18-h200", "--without", "one_graph"), 200),
+    Part("resnet50-h200", step("--preset", "resnet50-h200", "--without", "one_graph"), 200),
+    Part("resnet18-captured", step("--preset", "resnet18-h200", "--cuda-graph", *EXACT), 60),
+    Part("resnet18-small", step(*SMALL, *EXACT), 60),
+    Part("resnet18-small-captured", step(*SMALL, "--cuda-graph", *EXACT), 60),
 ]
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rds_fast import backends, fast_double_backward, use_backend
-from rds_fast.ops import batch_norm as operation
 from rds_fast.ops.batch_norm import batch_norm
 
 pytestmark = pytest.mark.skipif(
