@@ -119,7 +119,7 @@ def captured(function: Callable[[], object], device: torch.device, warm_up: int 
             function()
     torch.cuda.current_stream(device).wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.device(device), torch.cuda.graph(graph):
         result = function()
 
     def replay() -> object:

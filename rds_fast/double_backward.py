@@ -48,7 +48,7 @@ class fast_double_backward(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        replacement = _REPLACEMENTS.get(func)
+        replacement = replacement_of(func)
         if replacement is None and not _is_functional(func):  # nearly all calls: the attributes of tensors among them
             return func(*args, **kwargs)
         if not (torch.is_grad_enabled() and _PLAIN.issuperset(types)):  # a subclass has its own ways
@@ -192,4 +192,7 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 def replacement_of(function: Callable[..., Any]) -> Callable[..., Any] | None:
     """What runs in place of one of PyTorch's functions; None: the function itself."""
-    return _REPLACEMENTS.get(function)
+    try:
+        return _REPLACEMENTS.get(function)
+    except TypeError:  # others may hand a callable to the mode that has no hash
+        return None

@@ -62,7 +62,7 @@ def gradient_norm(gradient: Tensor, p: float = 2.0, power: float = 1.0) -> Tenso
     magnitude = x.abs() / scale
     if p == 1.0:
         norm = magnitude.sum(1)
-    elif math.isinf(p):
+    elif p == math.inf:
         norm = magnitude.amax(1)  # amax shares the gradient evenly among ties
     else:
         if p == 2.0:  # a square is smooth at a zero coordinate

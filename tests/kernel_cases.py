@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import rds_fast
 from rds_fast.reference import accumulation_dtype
 
 
@@ -27,6 +28,31 @@ def derivatives(
     (gx,) = torch.autograd.grad(results, x, g, create_graph=True)
     second = torch.autograd.grad(gx, (*g, x), v, materialize_grads=True)
     return (*(result.detach() for result in results), gx.detach(), *second)
+
+
+# The public functions of rows, and ways to differentiate them that bring tensors which are more than memory.
+ROW_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "logsumexp": lambda x: rds_fast.logsumexp(x, 1),
+    "gradient_norm": lambda x: rds_fast.gradient_norm(x),
+    "cross_entropy": lambda x: rds_fast.cross_entropy_with_logsumexp(x, torch.tensor([0, 2]))[0],
+}
+
+
+def _by_a_conjugate(function: Callable[[Tensor], Tensor]) -> Tensor:
+    """The cotangent is the imaginary part of a conjugate, a view whose memory is still to be negated."""
+    x = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.5, 1.0]], requires_grad=True)
+    conjugate = torch.complex(torch.zeros(2), function(x)).conj()
+    return torch.autograd.grad((conjugate * (2 + 3j)).imag.sum(), x)[0]
+
+
+def _by_a_pullback(function: Callable[[Tensor], Tensor]) -> Tensor:
+    """The backward runs after its transformation has ended, on wrappers that this left behind."""
+    _, pullback = torch.func.vjp(function, torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.5, 1.0]]))
+    gradient: Tensor = pullback(torch.tensor([1.0, 2.0]))[0]
+    return gradient
+
+
+UNUSUAL_WAYS = {"a conjugate": _by_a_conjugate, "a pullback": _by_a_pullback}
 
 
 def _kept(lse: Tensor, saved: Tensor, x: Tensor) -> Tensor:

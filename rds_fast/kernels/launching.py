@@ -41,7 +41,6 @@ class Kernel(JITFunction):
         """Launches on the current device and stream."""
         values: list[Any] = []
         key: list[Any] = []
-        device = None
         addresses = 0
         for argument, by_value in zip(arguments, self._by_value, strict=True):
             kind = type(argument)
@@ -49,21 +48,21 @@ class Kernel(JITFunction):
                 address = argument.data_ptr()
                 addresses |= address
                 values.append(address)
-                key.append(argument.dtype)
-                if device is None:
-                    device = argument.get_device()
+                key += argument.dtype, argument.get_device()
                 continue
             values.append(argument)
-            if kind is float:
+            if argument is None:  # an absent tensor
+                key.append(None)
+            elif kind is float:
                 key.append(float)
-            elif kind is int and not by_value:
-                key.append(argument in _SMALL)
-            else:  # None, for an absent tensor, and sizes that Triton specialises on
-                key += kind, argument
+            elif kind is int:
+                key.append((argument,) if by_value else argument in _SMALL)
+            else:  # a subclass, of which no more is known
+                addresses = 1
         if addresses % _ALIGNMENT:
             self.run(*arguments, grid=grid, warmup=False, **options)
             return
-        known = (device, *key, *options.items())
+        known = (*key, *options.items())
         found = self._compiled.get(known)
         if found is not None:
             compiled, constants = found

@@ -19,6 +19,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Batch norm → ReLU, batch norm → add → ReLU and batch norm → add as single operations, at every order.
 
     The fused operation reads and writes less: the normalised tensor is never stored, and the ReLU's mask is recomputed.
+    Under ``fast_double_backward`` a convolution that follows keeps no copy of its result, which is computed again.
     Values, gradients, second derivatives and running statistics are the model's own, also those with respect to what
     hooks or feature extractors capture between its layers; third derivatives raise.
 

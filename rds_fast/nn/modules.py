@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..ops.aliases import withdraw_alias
+from ..ops import aliases, recompute
 from ..ops.batch_norm import batch_norm
 
 
@@ -57,17 +57,8 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor, epilogue: Epilogue | None = None) -> Tensor:
         if epilogue is None:
             return super().forward(input)
-        if type(input) is not Tensor or torch.compiler.is_compiling():
-            fused = self._with_epilogue(input, epilogue)
-        else:
-            with torch._C.DisableTorchFunction():  # one operation: what it consists of is not for function modes
-                fused = self._with_epilogue(input, epilogue)
-        return epilogue.apply(super().forward(input)) if fused is None else fused
-
-    def _with_epilogue(self, input: Tensor, epilogue: Epilogue) -> Tensor | None:
-        """Both in one operation, where it takes them."""
         if not _takes(epilogue, input):
-            return None
+            return epilogue.apply(super().forward(input))
         self._check_input_dim(input)
         tracked = not self.training or self.track_running_stats
         return batch_norm(
@@ -81,6 +72,7 @@ class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.eps,
             residual=epilogue.residual,
             relu=epilogue.relu is not False,
+            recomputable=torch._C._len_torch_function_stack() > 0,  # without a mode no convolution would ask for it
         )
 
     def _share_of_the_batch(self) -> float:
@@ -216,7 +208,8 @@ def _dispatching(original: type[nn.Module]) -> Callable[..., Any]:
         if function is None:
             output = original.forward(self, *args, **kwargs)
             if not torch.compiler.is_compiling():
-                withdraw_alias(output)  # nothing is known of who else holds it
+                aliases.withdraw(output)  # nothing is known of who else holds it
+                recompute.withdraw(output)
             return output if epilogue is None else epilogue.apply(output)
         return function(self, *args, epilogue) if self.blueprint.ends_in_batch_norm else function(self, *args)
 

@@ -1,11 +1,13 @@
 """Where a value goes straight from one module to the next, and nobody else can hold it.
 
 There its alias may be taken (``rds_fast.ops.aliases``), and the cotangents of its two uses, the branch of a residual
-block and the way past it, meet in a kernel. Whether it is so has a part that a trace fixes and one that may change:
+block and the way past it, meet in a kernel; and there it may be computed again rather than kept
+(``rds_fast.ops.recompute``). Whether it is so has a part that a trace fixes and one that may change:
 
-- traced: the caller uses the value once, as the one argument of the receiver; the giver's forward returns what an
-  operation with a fused ReLU computed and does nothing else with it; the receiver's forward hands its argument to
-  modules and additions only, and does not return it. That a forward keeps nothing in an attribute, its trace shows.
+- traced: the caller uses the value once, as the one argument of the receiver; the giver is an operation with a fused
+  ReLU, or its forward returns what such an operation computed and does nothing else with it; the receiver's forward
+  hands its argument to modules and additions only, and does not return it. That a forward keeps nothing in an
+  attribute, its trace shows.
 - looked up in every call: that these forwards are the ones that run (not so under global hooks), and that no module
   through which the value goes has hooks or a forward set on the instance. Such a module is of this package, a
   torch.nn.Sequential or one of the layers below: no others are known to keep nothing.
@@ -24,13 +26,15 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from ..double_backward import fast_double_backward
-from ..ops.aliases import has_alias, permit
+from ..ops import aliases, recompute
 from .modules import FUSED, FusedForward, finish, is_watched, with_epilogue
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 # Layers whose result is never their argument itself.
 _LAYERS = frozenset(
     [
-        *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        *_CONVOLUTIONS,
         *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
         *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
         *FUSED.keys(),
@@ -40,12 +44,16 @@ _LAYERS = frozenset(
 _MODES = (fast_double_backward, DeviceContext)
 
 
-def hand_over(value: Any, giver: nn.Module, receiver: nn.Module) -> Any:
-    """``value``, which ``giver`` returned and ``receiver`` gets: generated code calls this in between."""
-    if torch.compiler.is_compiling() or not has_alias(value):
+def hand_over(value: Any, giver: nn.Module | None, receiver: nn.Module) -> Any:
+    """``value``, which ``giver`` returned and ``receiver`` gets: generated code calls this in between.
+
+    giver: None for an operation, which leaves nothing on its result where it was not fused.
+    """
+    if torch.compiler.is_compiling() or not (aliases.has_alias(value) or recompute.has_recipe(value)):
         return value
-    if _modes_are_known() and _gives(giver) and _receives(receiver, value):
-        permit(value)
+    if _modes_are_known() and (giver is None or _gives(giver)) and _receives(receiver, value):
+        aliases.permit(value)
+        recompute.permit(value)
     return value
 
 
@@ -70,7 +78,7 @@ def _submodule(module: Any, path: str) -> nn.Module:
 def _gives(module: nn.Module) -> bool:
     """Whether what the module returned is held by nobody else, provided that it is an alias's tensor.
 
-    An alias is on offer on the results of fused batch norms only, and a FusedForward withdraws it where its original
+    An alias or a recipe is on the results of fused batch norms only, and a FusedForward withdraws it where its original
     forward ran. A ReLU's result has none, be it a new tensor or the old one, changed in place.
     """
     if is_watched(module):
@@ -114,10 +122,15 @@ def result(graph: fx.Graph) -> str | None:
         return None
     if value.op == "call_module":
         return str(value.target)
-    relu = value.args[1] if value.target is with_epilogue else False
-    if isinstance(relu, fx.Node):
-        return str(relu.target)
-    return "" if relu else None
+    if value.target is not with_epilogue:
+        return None
+    relu = _relu_module(value)
+    return str(relu.target) if relu is not None else "" if value.args[1] else None
+
+
+def _relu_module(fused: fx.Node) -> fx.Node | None:
+    """The module that has the last say over a fused operation's result; None where that is a function, or nothing."""
+    return fused.args[1] if isinstance(fused.args[1], fx.Node) else None
 
 
 def receivers(graph: fx.Graph) -> tuple[str, ...] | None:
@@ -167,15 +180,23 @@ def insert_hand_overs(module: nn.Module, graph: fx.Graph) -> bool:
     """Let the calls of ``hand_over`` stand in the rewritten graph of a module; False where there are none."""
     inserted = False
     for node in list(graph.nodes):
-        if node.op != "call_module" or len(node.users) != 1 or not may_give(module.get_submodule(str(node.target))):
+        is_call = node.op == "call_module"
+        if len(node.users) != 1 or not (is_call or node.target is with_epilogue):
             continue
         (user,) = node.users
         target = called_with(user, node)
-        if target is None or not may_receive(module.get_submodule(target)):
+        if target is None:
+            continue
+        receiver = module.get_submodule(target)
+        if is_call:
+            worth_it = may_give(module.get_submodule(str(node.target))) and may_receive(receiver)
+        else:
+            worth_it = type(receiver) in _CONVOLUTIONS or may_receive(receiver)
+        if not worth_it:
             continue
         with graph.inserting_before(user):
-            ends = [graph.get_attr(str(name)) for name in (node.target, target)]
-            handed = graph.call_function(hand_over, (node, *ends))
+            giver = graph.get_attr(str(node.target)) if is_call else _relu_module(node)
+            handed = graph.call_function(hand_over, (node, giver, graph.get_attr(target)))
         user.replace_input_with(node, handed)
         inserted = True
     return inserted

@@ -43,7 +43,7 @@ def permit(tensor: Tensor) -> None:
         _offers[tensor] = offer._replace(permitted=True)
 
 
-def withdraw_alias(value: object) -> None:
+def withdraw(value: object) -> None:
     """End the offer, if there is one, on what may be anything."""
     if isinstance(value, Tensor):
         _offers.pop(value, None)

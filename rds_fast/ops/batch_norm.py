@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ..backends import select_for_layer
 from ..reference import accumulation_dtype
@@ -296,6 +297,7 @@ def batch_norm(
     *,
     residual: Tensor | None = None,
     relu: bool = False,
+    recomputable: bool = False,
 ) -> Tensor:
     """``torch.nn.functional.batch_norm`` and, in the same pass, ``+ residual`` and ReLU.
 
@@ -312,17 +314,28 @@ def batch_norm(
         eps: ε, added to the variance.
         residual: of input's shape; added after β.
         relu: whether a ReLU comes last.
+        recomputable: leave a recipe for the result, where no residual was added; it waits for permission, see
+            ``recompute``.
 
     Returns:
         Of input's shape and dtype.
 
     Raises:
-        As ``torch.nn.functional.batch_norm``. ValueError: the residual is not of input's shape and dtype.
+        As ``torch.nn.functional.batch_norm``. ValueError: the residual is not of input's shape, dtype and device.
     """
-    if residual is not None and (residual.shape != input.shape or residual.dtype != input.dtype):
+    tensors = (input, running_mean, running_var, weight, bias, residual)
+    if has_torch_function(tensors):  # function modes see one call, not each attribute that is looked at below
+        given = [t for t in tensors if t is not None]
+        plain = (input, running_mean, running_var, weight, bias, training, momentum, eps)
+        options: dict[str, Any] = {"residual": residual, "relu": relu, "recomputable": recomputable}
+        fused: Tensor = handle_torch_function(batch_norm, given, *plain, **options)
+        return fused
+    if residual is not None and (
+        residual.shape != input.shape or residual.dtype != input.dtype or residual.device != input.device
+    ):
         raise ValueError(
-            f"residual is {tuple(residual.shape)} of {residual.dtype}; it must be as the input, "
-            f"{tuple(input.shape)} of {input.dtype}"
+            f"residual is {tuple(residual.shape)} of {residual.dtype} on {residual.device}; it must be as the input, "
+            f"{tuple(input.shape)} of {input.dtype} on {input.device}"
         )
     backend = select_for_layer(input)
     if backend == "reference" or not _has_kernel(input, running_mean, running_var, weight, bias, training, eps):
@@ -334,11 +347,17 @@ def batch_norm(
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     if residual is not None:
         residual = laid_out_like(take_alias(residual), x)
-    y, y_alias, *_ = BatchNorm.apply(
+    y, y_alias, x_alias, mean, var = BatchNorm.apply(
         x, weight, bias, residual, running_mean, running_var, training, momentum, eps, relu, backend
     )
     if y.requires_grad and residual is not None and relu:
         offer_alias(y, y_alias)
+    if y.requires_grad and residual is None and recomputable:
+
+        def again(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Any:
+            return _inference(x, mean, var, weight, bias, None, eps, relu, backend)
+
+        attach(y, again, x_alias, mean, var, weight, bias, like=0, permitted=False)
     return y
 
 

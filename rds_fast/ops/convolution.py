@@ -57,14 +57,16 @@ class Convolution(Function):
         ctx.has_bias = bias is not None
         deferral.take_for(ctx, 1)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight)
+        save(ctx, x, weight)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Any:
         if g is None:
             return None, deferral.collect(ctx, None), None, None
         wanted = is_wanted(ctx, 0), is_wanted(ctx, 1), ctx.has_bias and is_wanted(ctx, 2)
-        gx, gw, gbias = derivative(ConvolutionBackward, g, *ctx.saved_tensors, ctx.geometry, wanted)
+        saved = Saved(ctx)
+        x = saved[0] if wanted[1] or not saved.is_rebuilt(0) else saved.like(0)
+        gx, gw, gbias = derivative(ConvolutionBackward, g, x, saved[1], ctx.geometry, wanted)
         return gx, deferral.collect(ctx, gw), gbias, None
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..backends import runs_plainly
 from .function import Function
+from .recompute import stand_in
 from .registration import derivative
 
 Size = int | tuple[int, ...] | list[int]
@@ -37,7 +38,7 @@ class AveragePool(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, ctx.operations, ctx.arguments = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(stand_in(x))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Any:
@@ -77,7 +78,7 @@ class MaxPool(Function):
         x, *ctx.options = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, output[1])
+        ctx.save_for_backward(stand_in(x), output[1])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: Any) -> Any:

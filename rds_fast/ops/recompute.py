@@ -1,12 +1,14 @@
 """Tensors that are computed again, by an element-wise pass, rather than kept for the backward passes.
 
-The gradient of batch norm's input is such a tensor: what it is computed from is kept anyway, for batch norm's own
-double backward, while the convolution before it would keep it as well, for the gradient of its weight. So batch norm
-leaves a recipe for it, and the convolution keeps the ingredients.
+The result of batch norm and the gradient of its input are such tensors: what they are computed from is kept anyway, for
+batch norm's own derivatives, while the convolution on either side would keep them as well, for the gradient of its
+weight. So batch norm leaves recipes for them, and the convolution keeps the ingredients.
 
 A recipe is worth nothing once its tensor was changed in place (the version tells), was given other memory, or took
 another way through autograd (a sum, a cast: a new tensor without a recipe); the tensor itself is then kept, as ever.
-What autograd cannot see (a write through ``.data`` in a hook) is not seen here either.
+What autograd cannot see (a write through ``.data`` in a hook) is not seen here either. Models write so into what flows
+between their layers, unlike into gradients; so the recipe of a result holds only by permission, which is to be given
+where nobody can hold the tensor but the layers that it goes to: ``rds_fast.nn`` knows such places.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ class Recipe(NamedTuple):
     """``rebuild(*ingredients)``, run without gradients, is the tensor again.
 
     like: the position of an ingredient with the tensor's shape, dtype and strides. version, address: the tensor's own,
-    when the recipe held.
+    when the recipe held. permitted: whether it may be used.
     """
 
     rebuild: Callable[..., Tensor]
@@ -36,16 +38,49 @@ class Recipe(NamedTuple):
     like: int
     version: int
     address: int
+    permitted: bool
 
 
-def attach(tensor: Tensor, rebuild: Callable[..., Tensor], *ingredients: Tensor | None, like: int) -> None:
+def attach(
+    tensor: Tensor, rebuild: Callable[..., Tensor], *ingredients: Tensor | None, like: int, permitted: bool = True
+) -> None:
     """Say how ``tensor`` can be computed again."""
-    _recipes[tensor] = Recipe(rebuild, ingredients, like, tensor._version, tensor.data_ptr())
+    _recipes[tensor] = Recipe(rebuild, ingredients, like, tensor._version, tensor.data_ptr(), permitted)
+
+
+def has_recipe(value: object) -> bool:
+    """Whether there is a recipe, permitted or not, for what may be anything."""
+    return isinstance(value, Tensor) and value in _recipes
+
+
+def permit(tensor: Tensor) -> None:
+    """Let the recipe be used, if there is one: nobody will write into ``tensor`` where autograd cannot see it."""
+    recipe = _recipes.get(tensor)
+    if recipe is not None:
+        _recipes[tensor] = recipe._replace(permitted=True)
+
+
+def withdraw(value: object) -> None:
+    """Forget the recipe, if there is one, of what may be anything."""
+    if isinstance(value, Tensor):
+        _recipes.pop(value, None)
+
+
+def stand_in(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape, dtype and strides that is kept anyway, if there is one, else the tensor itself.
+
+    For an operation that wants no more of it than those. The values do not matter, so it needs no permission.
+    """
+    recipe: Recipe | None = _recipes.get(tensor)
+    ingredient = None if recipe is None else recipe.ingredients[recipe.like]
+    if ingredient is None or (ingredient.shape, ingredient.stride()) != (tensor.shape, tensor.stride()):
+        return tensor
+    return ingredient.detach()
 
 
 def _recipe(tensor: Tensor | None) -> Recipe | None:
     recipe: Recipe | None = None if tensor is None else _recipes.get(tensor)
-    if recipe is None or tensor is None:
+    if recipe is None or tensor is None or not recipe.permitted:
         return None
     return recipe if (recipe.version, recipe.address) == (tensor._version, tensor.data_ptr()) else None
 

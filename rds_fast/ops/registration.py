@@ -25,12 +25,23 @@ _library = torch.library.Library("rds_fast", "DEF")
 # The vmap of torch.autograd.grad, which is older than torch.func's. Parsed once, since that takes long.
 _VMAP_OF_AUTOGRAD: Any = torch._C._parse_dispatch_key("VmapMode")
 
-# What the dispatcher adds to an operation's own keys where no mode, transformation or tracer is at work.
-_KEY: Any = torch._C.DispatchKey
-_NOBODY_ELSE: Any = torch._C.DispatchKeySet(_KEY.BackendSelect).add(_KEY.ADInplaceOrView)
-
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _NUMBERS = frozenset((bool, int, float, str, type(None)))
+
+
+def _bits(*keys: str) -> int:
+    found: Any = functools.reduce(
+        torch._C.DispatchKeySet.add, (getattr(torch._C.DispatchKey, key) for key in keys[1:]),
+        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, keys[0])),
+    )  # fmt: skip
+    return int(found.raw_repr())
+
+
+# What the dispatcher adds to an operation's own keys where no mode, transformation or tracer is at work; and the keys
+# of tensors that are no more than memory: those that are still to be negated, zeros without memory, wrappers that a
+# transformation left behind and whatever else the dispatcher makes into such tensors have others.
+_NOBODY_ELSE = _bits("BackendSelect", "ADInplaceOrView")
+_MEMORY = _bits("CPU", "AutogradCPU", "AutocastCPU", "CUDA", "AutogradCUDA", "AutocastCUDA", "ADInplaceOrView")
 
 
 @functools.cache
@@ -92,20 +103,20 @@ def register(file: str, schema: str, fake: Callable[..., Any], *, row_wise: bool
 
 
 def _is_unwatched(arguments: tuple[Any, ...]) -> bool:
-    """Whether the dispatcher would do no more than find the kernel.
+    """Whether the dispatcher would find the kernel, and do nothing else that anybody is known to want.
 
     The profiler is to see the operation, and so is whatever may intercept it: modes (of dispatch, vmap, tracing,
-    functionalisation), subclasses of Tensor, the meta device. Autograd has to see it when gradients are enabled, in
-    order to refuse.
+    functionalisation), subclasses of Tensor, devices without kernels. Autograd has to see it when gradients are
+    enabled, in order to refuse. Function modes are for the public functions, and do not see it.
     """
     if torch.is_grad_enabled() or torch._C._autograd._profiler_enabled():
         return False
-    if torch._C._dispatch_tls_local_include_set() != _NOBODY_ELSE:
+    if torch._C._dispatch_tls_local_include_set().raw_repr() != _NOBODY_ELSE:
         return False
     for argument in arguments:
         kind = type(argument)
         if kind in _TENSORS:
-            if argument.is_meta:
+            if torch._C._dispatch_keys(argument).raw_repr() & ~_MEMORY:
                 return False
         elif kind not in _NUMBERS:
             return False

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from forwards import MODELS, Block, X, small_network
 from torch import Tensor, nn
-from torch.overrides import _len_torch_function_stack
+from torch.overrides import _len_torch_function_stack, handle_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -298,3 +298,15 @@ def test_batched_cotangents(training: bool) -> None:
     torch.testing.assert_close(batched, torch.stack(single))
     with pytest.raises(RuntimeError, match=r"is_grads_batched=True and create_graph=True.*once a cotangent"):
         torch.autograd.grad(output, x, cotangents, is_grads_batched=True, create_graph=True)
+
+
+class WithoutHash:
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_a_callable_without_a_hash() -> None:
+    with fast_double_backward():
+        assert handle_torch_function(WithoutHash(), (X,), torch.ones(())) == 2

@@ -20,7 +20,14 @@ from rds_fast import reference
 from rds_fast.kernels import cross_entropy, gradient_norm, logsumexp, rows
 from rds_fast.ops import registration
 from tests.criteria import RELATIVE_TOLERANCE
-from tests.kernel_cases import derivatives, run_cross_entropy, run_gradient_norm, run_logsumexp
+from tests.kernel_cases import (
+    ROW_FUNCTIONS,
+    UNUSUAL_WAYS,
+    derivatives,
+    run_cross_entropy,
+    run_gradient_norm,
+    run_logsumexp,
+)
 
 # The layer's operations under their names, as torch.ops holds those of another.
 TRITON = SimpleNamespace(**vars(logsumexp) | vars(cross_entropy) | vars(gradient_norm))
@@ -96,6 +103,15 @@ def assert_accurate(ours: Tensor, theirs: Tensor, truth: Tensor, scale: Tensor |
     subnormal = torch.finfo(ours.dtype).tiny * torch.finfo(ours.dtype).eps
     excess = (error - their_error - TOLERANCE[ours.dtype] * scale - subnormal).max()
     assert excess <= 0, f"exceeds the allowed error by {excess:.3e}; worst error {error.max():.3e}"
+
+
+@pytest.mark.parametrize("way", UNUSUAL_WAYS)
+@pytest.mark.parametrize("name", ROW_FUNCTIONS)
+def test_tensors_that_are_more_than_memory(name: str, way: str, ran: Counter[str]) -> None:
+    gradient = UNUSUAL_WAYS[way](ROW_FUNCTIONS[name])
+    assert ran[f"{name}_backward"]
+    with rds_fast.use_backend("reference"):
+        torch.testing.assert_close(gradient, UNUSUAL_WAYS[way](ROW_FUNCTIONS[name]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -80,7 +81,7 @@ def test_a_launch_like_one_before_is_direct(compiled: list[Compiled]) -> None:
         {"N": 0.5},
         {"FLAG": False},
         {"BLOCK": 32},
-        {"FLAG": 16, "BLOCK": True},
+        {"FLAG": 1, "BLOCK": 2},
         {"x": torch.nn.Parameter(X.half())},
     ],
     ids=str,
@@ -93,12 +94,46 @@ def test_another_is_compiled(compiled: list[Compiled], changed: dict[str, Any]) 
     assert [len(kernel.calls) for kernel in compiled] == [1, 1]
 
 
-def test_what_is_not_aligned_is_left_to_triton(compiled: list[Compiled]) -> None:
-    launch()
-    launch(x=X[1:])
-    launch(x=X[1:])
-    launch(x=X[4:])  # aligned again
-    assert [len(kernel.calls) for kernel in compiled] == [1, 0, 0]
+def test_another_device_is_another_launch(compiled: list[Compiled], monkeypatch: pytest.MonkeyPatch) -> None:
+    launch(other=X)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: int(self is X))  # the second of two
+    launch(x=X.clone(), other=X)
+    launch(x=X.clone(), other=X)
+    assert [len(kernel.calls) for kernel in compiled] == [0, 1]
+
+
+def test_names_of_options_count(compiled: list[Compiled]) -> None:
+    for options in ({"FLAG": 1, "BLOCK": 2}, {"BLOCK": 1, "FLAG": 2}):
+        copy[(1,)](X, None, 5, 8, 0.5, **options)
+    assert len(compiled) == 2
+
+
+def test_grids(compiled: list[Compiled]) -> None:
+    for grid in ((3,), (3, 4), (3, 4), (3, 4, 5)):
+        copy[grid](X, None, 5, 8, 0.5, FLAG=True, BLOCK=16)
+    assert [call[0] for call in compiled[0].calls] == [(3, 4, 1), (3, 4, 1), (3, 4, 5)]
+
+
+@pytest.mark.parametrize("name", ["x", "other"])
+def test_what_is_not_aligned_is_left_to_triton(compiled: list[Compiled], name: str) -> None:
+    launch(other=X)
+    for first in (1, 1, 4, 1):  # four values are 16 bytes
+        launch(**{"other": X, name: X[first:]})
+    assert [len(kernel.calls) for kernel in compiled] == [1, 0, 0, 0]
+
+
+def test_subclasses_are_left_to_triton_and_not_kept(compiled: list[Compiled]) -> None:
+    class Image(torch.Tensor):
+        pass
+
+    references = []
+    for _ in range(3):
+        x = torch.zeros(64).as_subclass(Image)
+        references.append(weakref.ref(x))
+        launch(x=x)
+        del x
+    assert [len(kernel.calls) for kernel in compiled] == [0, 0, 0]
+    assert not any(reference() is not None for reference in references)
 
 
 def test_a_missing_argument_is_an_error(compiled: list[Compiled]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import rds_fast
 from rds_fast import doctor
@@ -208,3 +210,73 @@ def test_doctor_lists_what_fuse_would_do(capsys: pytest.CaptureFixture[str]) -> 
     assert doctor.model_report("mlp")[-1] == "no batch norm"
     with pytest.raises(ValueError, match="did you mean 'resnet18'"):
         doctor.doctor(model="resnet19")
+
+
+class Marked(Tensor):
+    """A subclass without a dispatch of its own, as libraries for images have them."""
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()
+
+    def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        y: Tensor = self.relu(self.bn(self.conv(x)) + shortcut)
+        return y
+
+
+@pytest.mark.parametrize("marked", ["x", "shortcut", "both"])
+def test_results_of_subclasses_are_of_the_subclass(marked: str) -> None:
+    torch.manual_seed(0)
+    plain = Residual()
+    x = X if marked == "shortcut" else X.as_subclass(Marked)
+    shortcut = X if marked == "x" else X.as_subclass(Marked)
+    expected, actual = plain(x, shortcut), fuse(plain)(x, shortcut)
+    assert type(actual) is type(expected) is Marked
+    torch.testing.assert_close(actual, expected)
+
+
+class Gate(nn.Module):
+    """Has no second derivative in PyTorch, but under ``fast_double_backward``."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.nn.functional.hardsigmoid(weight)
+
+
+def test_a_parametrised_weight_is_computed_in_the_mode() -> None:
+    gradients = []
+    torch.manual_seed(0)
+    plain = Residual().double()
+    for model in (plain, fuse(plain)):
+        torch.nn.utils.parametrize.register_parametrization(model.bn, "weight", Gate())
+        x = X.double().requires_grad_()
+        with rds_fast.fast_double_backward():
+            output = model(x, x)
+        (gradient,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        gradients.append(torch.autograd.grad(gradient.square().sum(), list(model.parameters())))
+    torch.testing.assert_close(*gradients)
+
+
+class Watching(TorchFunctionMode):
+    """The names of what a function mode sees, but for attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_function_modes_see_one_operation() -> None:
+    fused = fuse(Residual())
+    with Watching() as watching:
+        fused(X, X)
+    seen = [name for name in watching.seen if name != "__get__"]
+    assert seen.count("batch_norm") == 1
+    assert not {"add", "relu"} & set(seen)
+    with Watching() as outer, rds_fast.fast_double_backward():
+        fused(X, X)
+    assert [name for name in outer.seen if name == "batch_norm"] == ["batch_norm"]

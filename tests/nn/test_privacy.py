@@ -266,6 +266,82 @@ def test_retained_gradients_tensor_hooks_and_backward_hooks(path: str, mode: str
     torch.testing.assert_close(*seen, rtol=1e-9, atol=1e-12)
 
 
+INSIDE: dict[str, Capture] = {
+    "input of a convolution": by_hook("layer1.1.conv2", "input"),
+    "input of a convolution, before": by_hook("layer1.1.conv2", "pre"),
+    "outputs of a ReLU": by_hook("layer1.1.relu", "output"),
+    "a convolution's forward set": by_forward_on_the_instance("layer1.1.conv2"),
+    "a convolution replaced": by_a_module_in_the_place("layer1.1.conv2"),
+    "a ReLU replaced": by_a_module_in_the_place("layer1.1.relu"),
+    "a batch norm replaced": by_a_module_in_the_place("layer1.1.bn1"),
+    "a Sequential replaced, after the first ReLU": by_a_module_in_the_place("layer1"),
+    "input of a Sequential, after the first ReLU": by_hook("layer1", "pre"),
+}
+
+
+@pytest.mark.parametrize("way", {**WAYS, **INSIDE})
+def test_what_is_captured_may_be_written_to_unseen(way: str, plain: nn.Module) -> None:
+    """PyTorch's convolutions keep their arguments, and so see what is written through ``.data`` before the backward."""
+    results = []
+    for model in (plain, fuse(plain)):
+        with fast_double_backward():
+            x = X.clone().requires_grad_()
+            output, kept = {**WAYS, **INSIDE}[way](model, x)
+        for captured in kept:
+            captured.data.mul_(1.5)
+        (gradient,) = torch.autograd.grad(output.logsumexp(1).sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(gradient.square().sum() + output.sum(), list(model.parameters())))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9 * float(expected.abs().max()) + 1e-12)
+
+
+class Inferences(TorchDispatchMode):
+    """Counts how often a batch norm's result is computed from given statistics."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.rds_fast.batch_norm_inference.default
+        return func(*args, **(kwargs or {}))
+
+
+def computed_again(model: nn.Module) -> int:
+    """The results that the backward of a penalty computes again."""
+    x = torch.rand(2, 3, 64, 64, requires_grad=True)
+    with fast_double_backward():
+        output = model(x)
+    with Inferences() as inferences:
+        (gradient,) = torch.autograd.grad(output.logsumexp(1).sum(), x, create_graph=True)
+        assert inferences.count == 0
+        torch.autograd.grad(gradient.square().sum(), list(model.parameters()))
+    return inferences.count
+
+
+def test_which_results_are_computed_again() -> None:
+    """In ResNet-18 those between the convolutions of a block. A pool, after the first layer, wants no values."""
+    assert computed_again(resnet18()) == 0
+    fused = fuse(resnet18())
+    assert computed_again(fused) == 8
+    handle = fused.layer2[0].conv2.register_forward_pre_hook(lambda *_: None)
+    assert computed_again(fused) == 7
+    handle.remove()
+    vgg = fuse(torchvision_models().vgg11_bn(num_classes=5).eval())
+    assert computed_again(vgg) == 3  # five of the eight are followed by a pool
+
+
+def test_a_weight_gradient_of_a_result_that_is_computed_again(plain: nn.Module) -> None:
+    """With its own graph: the convolution's input is then in its place in the graph."""
+    results = []
+    for model in (plain, fuse(plain)):
+        with fast_double_backward():
+            output = model(X.clone())
+        parameters = list(model.parameters())
+        first = torch.autograd.grad(output.logsumexp(1).sum(), parameters, create_graph=True)
+        results.append(torch.autograd.grad(sum(gradient.square().sum() for gradient in first), parameters))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9 * float(expected.abs().max()) + 1e-12)
+
+
 def basic_forward(module: nn.Module, x: Tensor) -> Tensor:
     y: Tensor = torchvision_models().resnet.BasicBlock.forward(module, x)
     return y

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rds_fast import backends, fast_double_backward
-from rds_fast.ops.aliases import has_alias, permit, take_alias, withdraw_alias
+from rds_fast.ops.aliases import has_alias, permit, take_alias, withdraw
 from rds_fast.ops.batch_norm import batch_norm
 from rds_fast.ops.convolution import convolution
 
@@ -83,9 +83,9 @@ def test_an_alias_is_not_taken_of_a_tensor_that_was_changed() -> None:
 def test_an_offer_can_be_withdrawn() -> None:
     y = end_of_block(X.clone().requires_grad_())
     assert has_alias(y)
-    withdraw_alias(y)
+    withdraw(y)
     assert not has_alias(y)
     permit(y)
     assert take_alias(y) is y
-    withdraw_alias(y)
-    withdraw_alias([y])
+    withdraw(y)
+    withdraw([y])

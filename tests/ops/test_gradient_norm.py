@@ -183,3 +183,11 @@ def test_properties(row: list[float], p: float, factor: float) -> None:
     torch.testing.assert_close(rds_fast.gradient_norm(x.flip(1), p), norm, rtol=1e-12, atol=1e-300)
     (u,) = torch.autograd.grad(norm.sum(), x)
     torch.testing.assert_close((u * x).sum(1), norm, rtol=1e-10, atol=1e-300)
+
+
+def test_compiled_with_several_orders() -> None:
+    """From the second p on, the compiler takes it for an argument."""
+    compiled = torch.compile(lambda x, p: gradient_norm(x, p), fullgraph=True, backend="eager")
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    for p in (2.0, 3.0, 1.0, 1.5, math.inf):
+        torch.testing.assert_close(compiled(x, p), torch.linalg.vector_norm(x, p, dim=1))

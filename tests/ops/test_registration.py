@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rds_fast
 from rds_fast import backends
 from rds_fast.ops import registration
+from tests.kernel_cases import ROW_FUNCTIONS, UNUSUAL_WAYS
 
 
 class Recorder(TorchDispatchMode):
@@ -71,6 +73,9 @@ def test_which_arguments_are_plain() -> None:
     assert registration._is_unwatched((x, torch.nn.Parameter(x)))
     assert not registration._is_unwatched((None, torch.ones(3, device="meta")))
     assert not registration._is_unwatched((x, x.as_subclass(Labelled)))
+    assert not registration._is_unwatched((x, torch.complex(x, x).conj().imag))  # its memory is still to be negated
+    assert not registration._is_unwatched((x, torch._efficientzerotensor((3,))))  # it has none
+    assert not registration._is_unwatched((x, x.to_sparse()))
     assert not registration._is_unwatched((x, [x]))  # no operation takes one yet; nothing is known of its contents
 
 
@@ -118,9 +123,27 @@ def test_a_mode_and_the_profiler_see_the_operations(penalty: Callable[[], None])
 def test_otherwise_the_kernels_are_called_directly(
     penalty: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The dispatcher's own way to a kernel leads through ``_kernel`` too, but not from ``call``."""
-    answers = []
-    ask = registration._is_unwatched
-    monkeypatch.setattr(registration, "_is_unwatched", lambda arguments: answers.append(ask(arguments)) or answers[-1])
+    """The dispatcher's own way leads to the same kernels, but not from ``call``."""
+    callers = []
+    kernel = registration._kernel
+
+    def recorded(*names: str) -> Any:
+        callers.append(sys._getframe(2).f_code.co_name)
+        return kernel(*names)
+
+    monkeypatch.setattr(registration, "_kernel", recorded)
     penalty()
-    assert answers == [True] * len(ORDERS)
+    assert callers == ["call"] * len(ORDERS)
+    callers.clear()
+    with Recorder():
+        penalty()
+    assert len(callers) == len(ORDERS)
+    assert "call" not in callers
+
+
+@pytest.mark.parametrize("way", UNUSUAL_WAYS)
+@pytest.mark.parametrize("name", ROW_FUNCTIONS)
+def test_tensors_that_are_more_than_memory(name: str, way: str, fused_backend: str) -> None:
+    gradient = UNUSUAL_WAYS[way](ROW_FUNCTIONS[name])
+    with rds_fast.use_backend("reference"):
+        torch.testing.assert_close(gradient, UNUSUAL_WAYS[way](ROW_FUNCTIONS[name]))
