@@ -187,7 +187,8 @@ def test_properties(row: list[float], p: float, factor: float) -> None:
 
 def test_compiled_with_several_orders() -> None:
     """From the second p on, the compiler takes it for an argument."""
-    compiled = torch.compile(lambda x, p: gradient_norm(x, p), fullgraph=True, backend="eager")
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x, p: rds_fast.gradient_norm(x, p), fullgraph=True, backend="eager")
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     for p in (2.0, 3.0, 1.0, 1.5, math.inf):
         torch.testing.assert_close(compiled(x, p), torch.linalg.vector_norm(x, p, dim=1))
