@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import cuda_emulation
 import pytest
@@ -64,6 +64,30 @@ def ran_by_file(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """As ``ran``, with the name of the file before that of the kernel."""
     with _on_triton(monkeypatch, with_file=True) as counter:
         yield counter
+
+
+@pytest.fixture(autouse=True)
+def no_tf32() -> Iterator[None]:
+    """TF32 convolutions would round as float16 does."""
+    precision = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = precision
+
+
+@contextmanager
+def _without_synchronisation() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def without_synchronisation() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which any wait of the host for the device raises."""
+    return _without_synchronisation
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -21,17 +21,8 @@ from rds_fast.penalties.schedules import LinearWarmup
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
+Context = Callable[[], AbstractContextManager[None]]
 CLASSES = 10
-
-
-@contextmanager
-def without_synchronisation() -> Iterator[None]:
-    """Any wait of the host for the device raises."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -60,7 +51,9 @@ WEIGHTS = {
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("weight_name", WEIGHTS)
 @pytest.mark.parametrize("penalty_name", PENALTIES)
-def test_a_step_reads_no_device_value(penalty_name: str, weight_name: str, training: bool) -> None:
+def test_a_step_reads_no_device_value(
+    penalty_name: str, weight_name: str, training: bool, without_synchronisation: Context
+) -> None:
     """With a subset drawn, the batch cut in two or not, and the weight updated from its terms."""
     model, (x, y) = network().to(DEVICE).train(training), (tensor.to(DEVICE) for tensor in batch())
     weight = WEIGHTS[weight_name]()

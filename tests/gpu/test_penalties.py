@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from rds_fast.penalties.loss import PenalizedLoss
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
+Context = Callable[[], AbstractContextManager[None]]
 CLASSES = 10
 PENALTIES = {
     "density": DensityPenalty(),
@@ -33,25 +34,6 @@ FINITE_DIFFERENCE = DensityPenalty(method="finite_difference")
 # The relative error of the gradient of all parameters that the layers' own rounding may cause: 24, 11 and 8 bits of
 # significand, with margins over what the same test shows on the CPU (at most 1e-6, 0.0012 and 0.004).
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.005, torch.bfloat16: 0.02}
-
-
-@pytest.fixture(autouse=True)
-def no_tf32() -> Iterator[None]:
-    """TF32 convolutions would round as float16 does."""
-    precision = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = precision
-
-
-@contextmanager
-def without_synchronisation() -> Iterator[None]:
-    """Any wait of the host for the device raises."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def network(dropout: float = 0.0) -> nn.Module:
@@ -152,7 +134,7 @@ def test_the_forward_s_backend_runs_every_pass(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", [*PENALTIES, "finite difference"])
-def test_a_step_reads_no_device_value(name: str, dtype: torch.dtype) -> None:
+def test_a_step_reads_no_device_value(name: str, dtype: torch.dtype, without_synchronisation: Context) -> None:
     model, (x, y) = network(dropout=0.1), batch()
     penalty = PENALTIES.get(name, FINITE_DIFFERENCE)
     loss = PenalizedLoss(penalty, lambda step: 0.5)
@@ -172,7 +154,7 @@ def test_a_step_reads_no_device_value(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("of", ["cross_entropy", "target_logit"])
-def test_ignored_rows_have_no_penalty(of: str) -> None:
+def test_ignored_rows_have_no_penalty(of: str, without_synchronisation: Context) -> None:
     """As on the CPU, with no assertion of the device and no value read from it."""
     model, (x, y) = network().eval(), batch()
     penalty = InputGradientPenalty(of=of, power=1)

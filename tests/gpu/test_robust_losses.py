@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,15 +24,6 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "IG-NORM of a layer": AttributionPenalty(0.1, **COARSE, layer="3", size="l2"),
     "IG-SUM-NORM": RobustAttributionLoss(0.5, 0.1, **COARSE),
 }
-
-
-@pytest.fixture(autouse=True)
-def no_tf32() -> Iterator[None]:
-    """TF32 convolutions would round as float16 does."""
-    precision = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = precision
 
 
 def network() -> nn.Module:
