@@ -250,9 +250,13 @@ def global_hooks() -> bool:
     return bool(_has_any_global_hook())
 
 
+# What a call of a layer runs, and somebody may set on the instance.
+_CODE = frozenset(("forward", "_conv_forward"))
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether a call runs more than the forward of the module's class."""
-    return has_hooks(module) or "forward" in vars(module)
+    return has_hooks(module) or not _CODE.isdisjoint(vars(module))
 
 
 # The two functions that generated code calls. They look at the modules as these are now.

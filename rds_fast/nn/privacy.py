@@ -31,16 +31,23 @@ from .modules import FUSED, FusedForward, finish, is_watched, with_epilogue
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-# Layers whose result is never their argument itself.
-_LAYERS = frozenset(
-    [
+
+def _code(kind: type) -> tuple[Any, ...]:
+    """What a call of such a layer runs, which somebody may replace for the whole class."""
+    return tuple(getattr(kind, name, None) for name in ("forward", "_conv_forward"))
+
+
+# Layers whose result is never their argument itself, and their code.
+_LAYERS: dict[type, tuple[Any, ...]] = {
+    kind: _code(kind)
+    for kind in (
         *_CONVOLUTIONS,
         *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
         *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
         *FUSED.keys(),
         *FUSED.values(),
-    ]
-)
+    )
+}
 _MODES = (fast_double_backward, DeviceContext)
 
 
@@ -59,7 +66,7 @@ def hand_over(value: Any, giver: nn.Module | None, receiver: nn.Module) -> Any:
 
 def _modes_are_known() -> bool:
     """Whether no stranger's function mode sees the value."""
-    return all(isinstance(mode, _MODES) for mode in _get_current_function_mode_stack())
+    return all(type(mode) in _MODES for mode in _get_current_function_mode_stack())
 
 
 def _is_generated(module: nn.Module) -> TypeGuard[FusedForward]:
@@ -97,8 +104,9 @@ def _receives(module: nn.Module, value: Tensor) -> bool:
     """Whether the module, called with the value, uses it and lets it be."""
     if is_watched(module):
         return False
-    if type(module) in _LAYERS:
-        return True
+    code = _LAYERS.get(type(module))
+    if code is not None:
+        return code == _code(type(module))
     if type(module) is nn.Sequential:
         return len(module) > 0 and _receives(next(iter(module._modules.values())), value)
     if not _is_generated(module) or module._generated((value,)) is None:

@@ -44,7 +44,12 @@ class Recipe(NamedTuple):
 def attach(
     tensor: Tensor, rebuild: Callable[..., Tensor], *ingredients: Tensor | None, like: int, permitted: bool = True
 ) -> None:
-    """Say how ``tensor`` can be computed again."""
+    """Say how ``tensor`` can be computed again.
+
+    Nothing is said where it has no memory of its own to be saved, or where a tracer of PyTorch follows tensors by name.
+    """
+    if type(tensor) is not Tensor or torch._C._get_tracing_state() is not None:
+        return
     _recipes[tensor] = Recipe(rebuild, ingredients, like, tensor._version, tensor.data_ptr(), permitted)
 
 
@@ -73,9 +78,13 @@ def stand_in(tensor: Tensor) -> Tensor:
     """
     recipe: Recipe | None = _recipes.get(tensor)
     ingredient = None if recipe is None else recipe.ingredients[recipe.like]
-    if ingredient is None or (ingredient.shape, ingredient.stride()) != (tensor.shape, tensor.stride()):
+    if ingredient is None or _layout(ingredient) != _layout(tensor):  # changed in place since
         return tensor
     return ingredient.detach()
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _recipe(tensor: Tensor | None) -> Recipe | None:
@@ -122,11 +131,14 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
 
     The tensor's place in the graph is kept beside them. A graph of the ingredients' own would lead past the tensor, and
     its gradient, should anybody ask for it, would lack what comes from here.
+
+    Under hooks for saved tensors, which copy what they are given, the tensors themselves are the least.
     """
     flat: list[Tensor | None] = []
     ctx.recipes = []
+    are_copied = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     for tensor in tensors:
-        recipe = _recipe(tensor)
+        recipe = None if are_copied else _recipe(tensor)
         if tensor is None or recipe is None:
             ctx.recipes.append((len(flat), 1, None))
             flat.append(tensor)

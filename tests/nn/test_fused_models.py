@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 import rds_fast
@@ -280,3 +281,38 @@ def test_function_modes_see_one_operation() -> None:
     with Watching() as outer, rds_fast.fast_double_backward():
         fused(X, X)
     assert [name for name in outer.seen if name == "batch_norm"] == ["batch_norm"]
+
+
+def traceable() -> tuple[nn.Module, Tensor]:
+    """With a convolution and a pool after a fused ReLU, which keep something else in its result's place."""
+    torch.manual_seed(0)
+    layers = [layer for channels in (3, 4) for layer in (nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4), nn.ReLU())]
+    return fuse(nn.Sequential(*layers, nn.MaxPool2d(2)).eval()), X
+
+
+@pytest.mark.parametrize("kind", ["real", "fake", "symbolic"])
+def test_make_fx_of_a_forward(kind: str) -> None:
+    fused, x = traceable()
+    tensors = {**dict(fused.named_parameters()), **dict(fused.named_buffers())}
+
+    def forward(tensors: dict[str, Tensor], x: Tensor) -> Any:
+        with rds_fast.fast_double_backward():
+            return torch.func.functional_call(fused, tensors, (x,))
+
+    torch.testing.assert_close(make_fx(forward, tracing_mode=kind)(tensors, x)(tensors, x), fused(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*deprecated", "ignore::torch.jit.TracerWarning")
+def test_jit_trace_of_a_forward() -> None:
+    fused, x = traceable()
+
+    class InTheMode(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fused = fused
+
+        def forward(self, x: Tensor) -> Any:
+            with rds_fast.fast_double_backward():
+                return self.fused(x)
+
+    torch.testing.assert_close(torch.jit.trace(InTheMode(), (x,), check_trace=False)(x), fused(x))

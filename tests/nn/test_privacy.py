@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -152,6 +153,62 @@ def by_a_module_in_the_place(path: str) -> Capture:
     return capture
 
 
+def by_code_on_the_instance(path: str) -> Capture:
+    """As libraries do that change a convolution's padding."""
+
+    def capture(model: nn.Module, x: Tensor) -> Captured:
+        kept: list[Tensor] = []
+        module: Any = model.get_submodule(path)
+        original = module._conv_forward
+
+        def forward(x: Tensor, *parameters: Any) -> Any:
+            kept.append(x)
+            return original(x, *parameters)
+
+        module._conv_forward = forward
+        output = model(x)
+        del module._conv_forward
+        return output, kept
+
+    return capture
+
+
+def by_code_of_the_class(model: nn.Module, x: Tensor) -> Captured:
+    kept: list[Tensor] = []
+    original = nn.Conv2d.forward
+
+    def forward(self: nn.Conv2d, x: Tensor) -> Tensor:
+        kept.append(x)
+        return original(self, x)
+
+    with mock.patch.object(nn.Conv2d, "forward", forward):
+        return model(x), kept[1:]  # the first is x
+
+
+class KeepingReLU(nn.ReLU):
+    """Gives back what it got, and keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.kept.append(input)
+        return input
+
+
+def by_strangers_in_the_place(model: nn.Module, x: Tensor) -> Captured:
+    """In a block the ReLU is replaced, and the batch norm before it by a fused module that ends in a ReLU itself."""
+    modules = model.get_submodule("layer1.1")._modules
+    before = dict(modules)
+    relu = KeepingReLU()
+    norm = nn.Sequential(nn.Sequential(modules["bn1"], nn.ReLU()))
+    modules |= {"relu": relu, "bn1": fuse(norm, inplace=True) if isinstance(modules["bn1"], FusedBatchNorm2d) else norm}
+    output = model(x)
+    modules |= before
+    return output, relu.kept
+
+
 def by_layer_getter(model: nn.Module, x: Tensor) -> Captured:
     torchvision_models()
     from torchvision.models._utils import IntermediateLayerGetter
@@ -206,6 +263,8 @@ WAYS: dict[str, Capture] = {
     "a Sequential replaced": by_a_module_in_the_place("layer2"),
     "a convolution replaced": by_a_module_in_the_place("layer1.1.conv1"),
     "a projection's convolution replaced": by_a_module_in_the_place("layer2.0.downsample.0"),
+    "a convolution's code set": by_code_on_the_instance("layer1.1.conv1"),
+    "the code of all convolutions": by_code_of_the_class,
     "IntermediateLayerGetter": by_layer_getter,
     "create_feature_extractor": by_feature_extractor,
     "children called one by one": by_hand,
@@ -271,6 +330,8 @@ INSIDE: dict[str, Capture] = {
     "input of a convolution, before": by_hook("layer1.1.conv2", "pre"),
     "outputs of a ReLU": by_hook("layer1.1.relu", "output"),
     "a convolution's forward set": by_forward_on_the_instance("layer1.1.conv2"),
+    "a convolution's code set": by_code_on_the_instance("layer1.1.conv2"),
+    "a batch norm and a ReLU replaced": by_strangers_in_the_place,
     "a convolution replaced": by_a_module_in_the_place("layer1.1.conv2"),
     "a ReLU replaced": by_a_module_in_the_place("layer1.1.relu"),
     "a batch norm replaced": by_a_module_in_the_place("layer1.1.bn1"),
@@ -293,6 +354,52 @@ def test_what_is_captured_may_be_written_to_unseen(way: str, plain: nn.Module) -
         results.append(torch.autograd.grad(gradient.square().sum() + output.sum(), list(model.parameters())))
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9 * float(expected.abs().max()) + 1e-12)
+
+
+@pytest.mark.parametrize("pool", [nn.functional.max_pool2d, nn.functional.avg_pool2d])
+def test_a_pool_of_what_was_transposed_in_place(pool: Callable[..., Tensor]) -> None:
+    """It keeps nothing in its argument's stead that is of another shape."""
+
+    class Net(nn.Module):
+        def __init__(self, in_place: bool) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, (3, 1)), nn.BatchNorm2d(4)
+            self.in_place = in_place
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.norm(self.conv(x)))
+            return pool(y.transpose_(2, 3) if self.in_place else y.transpose(2, 3), (2, 3))
+
+    results = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        model = fuse(Net(in_place).double())
+        x = X.clone().requires_grad_()
+        with fast_double_backward():
+            output = model(x)
+        results += torch.autograd.grad(output.flatten(1).logsumexp(1).sum(), x)
+    torch.testing.assert_close(*results)
+
+
+def test_hooks_for_saved_tensors_get_no_more_than_without_recipes() -> None:
+    """They would copy every ingredient, and a tensor's place at its full size."""
+    torch.manual_seed(0)
+    plain = resnet18()
+    packed = []
+    for model in (plain, fuse(plain)):
+        sizes: list[int] = []
+        x = torch.rand(2, 3, 64, 64, requires_grad=True)
+
+        def pack(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with fast_double_backward():
+                output = model(x)
+            torch.autograd.grad(output.logsumexp(1).sum(), x, create_graph=True)
+        packed.append(sum(sizes))
+    assert packed[1] <= packed[0]
 
 
 class Inferences(TorchDispatchMode):
@@ -392,13 +499,22 @@ def test_a_block_that_does_more_with_what_it_gives_or_gets(forward: Callable[...
     torch.testing.assert_close(*results, rtol=1e-8, atol=1e-9)
 
 
-def test_a_call_that_was_not_traced() -> None:
+class Plain(nn.Sequential):
+    """Ends in a fused operation without a residual, whose result may be computed again."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["kept", "written to"])
+@pytest.mark.parametrize("part", [block, Plain])
+def test_a_call_that_was_not_traced(part: Callable[[int, int], nn.Module], written: bool) -> None:
     """With an argument that it can do without, the giver's forward takes another way."""
 
     class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.second = block(4, 4), block(4, 4)
+            self.first, self.second = part(4, 4), part(4, 4)
 
         def forward(self, x: Tensor, keeper: Any = None) -> Tensor:
             y: Tensor = self.second(self.first(x))
@@ -409,7 +525,7 @@ def test_a_call_that_was_not_traced() -> None:
     class Caller(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.pair, self.block = Pair(), block(4, 4)
+            self.pair, self.block = Pair(), part(4, 4)
 
         def forward(self, x: Tensor, keeper: Tensor) -> Tensor:
             y: Tensor = self.block(self.pair(x, keeper=keeper))
@@ -422,6 +538,8 @@ def test_a_call_that_was_not_traced() -> None:
         keeper = torch.zeros(())
         with fast_double_backward():
             output = model(X[:, :1].expand(-1, 4, -1, -1), keeper)
+        if written:
+            keeper.kept.data.mul_(1.5)  # type: ignore[attr-defined]
         results.append(derivatives((output.flatten(1), [keeper.kept]), model))  # type: ignore[attr-defined]
     assert all(isinstance(module, FusedForward) for module in (model, model.pair, model.block))
     torch.testing.assert_close(*results, rtol=1e-8, atol=1e-9)
