@@ -162,7 +162,8 @@ def measure(case: Case, device: torch.device, arguments: argparse.Namespace) -> 
         "size": case.size,
         "dtype": case.precision + (", channels-last" if case.channels_last else ""),
     }
-    print(f"\n{'':20}{'ms':>10}  {'p20 to p80':20}{'ratio':>7}  {'p20 to p80':14}{'host ms':>10}{'GB at peak':>12}")
+    of_gpu = f"{'host ms':>10}{'GB at peak':>12}" if device.type == "cuda" else ""
+    print(f"\n{'':20}{'ms':>10}  {'p20 to p80':20}{'ratio':>7}  {'p20 to p80':14}{of_gpu}")
     for provider, seconds in times.items():
         results.append(seconds, provider=provider, metric="time", unit="s", **record)
         low, middle, high = numpy.percentile(seconds * 1e3, (20, 50, 80))
