@@ -177,10 +177,10 @@ def measure(case: Case, device: torch.device, arguments: argparse.Namespace) -> 
             host = host_seconds(runners[provider].run, device)
             results.append(host, provider=provider, metric="host_time", unit="s", **record)
             line += f"{numpy.median(host) * 1e3:10.2f}"
-        if device.type == "cuda" and not arguments.cuda_graph:  # whose memory is kept from step to step
-            peak = peak_bytes(runners[provider].run, device)
-            results.append(numpy.array([peak]), provider=provider, metric="peak_memory", unit="B", **record)
-            line += f"{peak * 1e-9:12.2f}"
+            if not arguments.cuda_graph:  # whose memory is kept from step to step
+                peak = peak_bytes(runners[provider].run, device)
+                results.append(numpy.array([peak]), provider=provider, metric="peak_memory", unit="B", **record)
+                line += f"{peak * 1e-9:12.2f}"
         print(line, flush=True)
     print(f"appended to {results.path}", flush=True)
     return failed

@@ -26,6 +26,9 @@ from torch.autograd import forward_ad
 
 BACKENDS = ("reference", "native", "triton")
 
+# The types of tensors whose operations are the dispatcher's alone: a subclass has ways of its own.
+PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+
 # The order in which "auto" tries the implementations, by device. CPU: Triton's interpreter is for tests, never chosen.
 # CUDA: native first, because one launch costs a few microseconds less on the host than Triton's launcher, which is
 # what short rows wait for. Anything else (MPS, XLA): PyTorch.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from .backends import runs_plainly
+from .backends import PLAIN_TENSORS, runs_plainly
 from .ops import activation, convolution, pooling
 from .ops.batch_norm import batch_norm
 from .ops.group_norm import group_norm, instance_norm, layer_norm
@@ -51,7 +51,7 @@ class fast_double_backward(TorchFunctionMode):
         replacement = replacement_of(func)
         if replacement is None and not _is_functional(func):  # nearly all calls: the attributes of tensors among them
             return func(*args, **kwargs)
-        if not (torch.is_grad_enabled() and _PLAIN.issuperset(types)):  # a subclass has its own ways
+        if not (torch.is_grad_enabled() and PLAIN_TENSORS.issuperset(types)):  # a subclass has its own ways
             return func(*args, **kwargs)
         if replacement is None:
             with self:
@@ -59,9 +59,6 @@ class fast_double_backward(TorchFunctionMode):
         if "out" in kwargs or _is_checkpointed():  # autograd has no part in what is written to an ``out``
             return func(*args, **kwargs)
         return replacement(*args, **kwargs)
-
-
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def _is_checkpointed() -> bool:

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+from ..backends import PLAIN_TENSORS
+
 _ALIGNMENT = 16  # bytes; what Triton tells the compiler of a pointer that it divides
 _SMALL = range(-(2**31), 2**31)  # the numbers that are int32 in a kernel; others are int64
 
@@ -44,7 +44,7 @@ class Kernel(JITFunction):
         addresses = 0
         for argument, by_value in zip(arguments, self._by_value, strict=True):
             kind = type(argument)
-            if kind in _TENSORS:
+            if kind in PLAIN_TENSORS:
                 address = argument.data_ptr()
                 addresses |= address
                 values.append(address)

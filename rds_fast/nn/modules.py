@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..ops import aliases, recompute
+from ..ops.aliases import offers
 from ..ops.batch_norm import batch_norm
+from ..ops.recompute import recipes
 
 
 class Epilogue(NamedTuple):
@@ -208,8 +209,8 @@ def _dispatching(original: type[nn.Module]) -> Callable[..., Any]:
         if function is None:
             output = original.forward(self, *args, **kwargs)
             if not torch.compiler.is_compiling():
-                aliases.withdraw(output)  # nothing is known of who else holds it
-                recompute.withdraw(output)
+                offers.withdraw(output)  # nothing is known of who else holds it
+                recipes.withdraw(output)
             return output if epilogue is None else epilogue.apply(output)
         return function(self, *args, epilogue) if self.blueprint.ends_in_batch_norm else function(self, *args)
 
@@ -250,13 +251,13 @@ def global_hooks() -> bool:
     return bool(_has_any_global_hook())
 
 
-# What a call of a layer runs, and somebody may set on the instance.
-_CODE = frozenset(("forward", "_conv_forward"))
+# What a call of a layer runs, and somebody may set on the instance or the class.
+CODE = frozenset(("forward", "_conv_forward"))
 
 
 def is_watched(module: nn.Module) -> bool:
     """Whether a call runs more than the forward of the module's class."""
-    return has_hooks(module) or not _CODE.isdisjoint(vars(module))
+    return has_hooks(module) or not CODE.isdisjoint(vars(module))
 
 
 # The two functions that generated code calls. They look at the modules as these are now.

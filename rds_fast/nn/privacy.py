@@ -26,15 +26,16 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from ..double_backward import fast_double_backward
-from ..ops import aliases, recompute
-from .modules import FUSED, FusedForward, finish, is_watched, with_epilogue
+from ..ops.aliases import offers
+from ..ops.recompute import recipes
+from .modules import CODE, FUSED, FusedForward, finish, is_watched, with_epilogue
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def _code(kind: type) -> tuple[Any, ...]:
     """What a call of such a layer runs, which somebody may replace for the whole class."""
-    return tuple(getattr(kind, name, None) for name in ("forward", "_conv_forward"))
+    return tuple(getattr(kind, name, None) for name in CODE)
 
 
 # Layers whose result is never their argument itself, and their code.
@@ -56,11 +57,11 @@ def hand_over(value: Any, giver: nn.Module | None, receiver: nn.Module) -> Any:
 
     giver: None for an operation, which leaves nothing on its result where it was not fused.
     """
-    if torch.compiler.is_compiling() or not (aliases.has_alias(value) or recompute.has_recipe(value)):
+    if torch.compiler.is_compiling() or not (offers.holds(value) or recipes.holds(value)):
         return value
     if _modes_are_known() and (giver is None or _gives(giver)) and _receives(receiver, value):
-        aliases.permit(value)
-        recompute.permit(value)
+        offers.permit(value)
+        recipes.permit(value)
     return value
 
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-# Beside the tensors, not on them: an attribute would be saved and copied with the tensor.
-_offers = WeakTensorKeyDictionary()
+from .marks import Marks
+
+# To permit one is to say that no gradient with respect to the tensor will be asked for, nor hooked.
+offers = Marks()
 
 
 class _Offer(NamedTuple):
@@ -28,30 +29,12 @@ class _Offer(NamedTuple):
 
 def offer_alias(tensor: Tensor, alias: Tensor) -> None:
     """``alias`` has the values of ``tensor`` and requires a gradient of its own."""
-    _offers[tensor] = _Offer(alias, tensor._version)
-
-
-def has_alias(value: object) -> bool:
-    """Whether an alias is on offer, permitted or not, on what may be anything."""
-    return isinstance(value, Tensor) and value in _offers
-
-
-def permit(tensor: Tensor) -> None:
-    """Let the alias be taken, if there is one: no gradient with respect to ``tensor`` will be asked for, nor hooked."""
-    offer = _offers.get(tensor)
-    if offer is not None:
-        _offers[tensor] = offer._replace(permitted=True)
-
-
-def withdraw(value: object) -> None:
-    """End the offer, if there is one, on what may be anything."""
-    if isinstance(value, Tensor):
-        _offers.pop(value, None)
+    offers[tensor] = _Offer(alias, tensor._version)
 
 
 def take_alias(tensor: Tensor) -> Tensor:
     """The alias, once, if it is permitted and the tensor has not changed since; else the tensor itself."""
-    offer: _Offer | None = _offers.pop(tensor, None)
+    offer: _Offer | None = offers.pop(tensor, None)
     if offer is None:
         return tensor
     return offer.alias if offer.permitted and offer.version == tensor._version else tensor

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .function import Function
+from .marks import Marks
 
-# Beside the tensors, not on them: an attribute would be saved and copied with the tensor.
-_recipes = WeakTensorKeyDictionary()
+# To permit one is to say that nobody will write into the tensor where autograd cannot see it.
+recipes = Marks()
 
 
 class Recipe(NamedTuple):
@@ -50,25 +50,7 @@ def attach(
     """
     if type(tensor) is not Tensor or torch._C._get_tracing_state() is not None:
         return
-    _recipes[tensor] = Recipe(rebuild, ingredients, like, tensor._version, tensor.data_ptr(), permitted)
-
-
-def has_recipe(value: object) -> bool:
-    """Whether there is a recipe, permitted or not, for what may be anything."""
-    return isinstance(value, Tensor) and value in _recipes
-
-
-def permit(tensor: Tensor) -> None:
-    """Let the recipe be used, if there is one: nobody will write into ``tensor`` where autograd cannot see it."""
-    recipe = _recipes.get(tensor)
-    if recipe is not None:
-        _recipes[tensor] = recipe._replace(permitted=True)
-
-
-def withdraw(value: object) -> None:
-    """Forget the recipe, if there is one, of what may be anything."""
-    if isinstance(value, Tensor):
-        _recipes.pop(value, None)
+    recipes[tensor] = Recipe(rebuild, ingredients, like, tensor._version, tensor.data_ptr(), permitted)
 
 
 def stand_in(tensor: Tensor) -> Tensor:
@@ -76,7 +58,7 @@ def stand_in(tensor: Tensor) -> Tensor:
 
     For an operation that wants no more of it than those. The values do not matter, so it needs no permission.
     """
-    recipe: Recipe | None = _recipes.get(tensor)
+    recipe: Recipe | None = recipes.get(tensor)
     ingredient = None if recipe is None else recipe.ingredients[recipe.like]
     if ingredient is None or _layout(ingredient) != _layout(tensor):  # changed in place since
         return tensor
@@ -88,7 +70,7 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _recipe(tensor: Tensor | None) -> Recipe | None:
-    recipe: Recipe | None = None if tensor is None else _recipes.get(tensor)
+    recipe: Recipe | None = None if tensor is None else recipes.get(tensor)
     if recipe is None or tensor is None or not recipe.permitted:
         return None
     return recipe if (recipe.version, recipe.address) == (tensor._version, tensor.data_ptr()) else None

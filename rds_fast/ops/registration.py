@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..backends import PLAIN_TENSORS
 from .function import Function
 
 _library = torch.library.Library("rds_fast", "DEF")
@@ -25,16 +27,12 @@ _library = torch.library.Library("rds_fast", "DEF")
 # The vmap of torch.autograd.grad, which is older than torch.func's. Parsed once, since that takes long.
 _VMAP_OF_AUTOGRAD: Any = torch._C._parse_dispatch_key("VmapMode")
 
-_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _NUMBERS = frozenset((bool, int, float, str, type(None)))
 
 
 def _bits(*keys: str) -> int:
-    found: Any = functools.reduce(
-        torch._C.DispatchKeySet.add, (getattr(torch._C.DispatchKey, key) for key in keys[1:]),
-        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, keys[0])),
-    )  # fmt: skip
-    return int(found.raw_repr())
+    sets: Any = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in keys)
+    return int(functools.reduce(operator.or_, sets).raw_repr())
 
 
 # What the dispatcher adds to an operation's own keys where no mode, transformation or tracer is at work; and the keys
@@ -115,7 +113,7 @@ def _is_unwatched(arguments: tuple[Any, ...]) -> bool:
         return False
     for argument in arguments:
         kind = type(argument)
-        if kind in _TENSORS:
+        if kind in PLAIN_TENSORS:
             if torch._C._dispatch_keys(argument).raw_repr() & ~_MEMORY:
                 return False
         elif kind not in _NUMBERS:

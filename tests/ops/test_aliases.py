@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rds_fast import backends, fast_double_backward
-from rds_fast.ops.aliases import has_alias, permit, take_alias, withdraw
+from rds_fast.ops.aliases import offers, take_alias
 from rds_fast.ops.batch_norm import batch_norm
 from rds_fast.ops.convolution import convolution
 
@@ -54,7 +54,7 @@ def test_without_permission_the_gradient_is_whole() -> None:
 
 
 def test_with_permission_the_alias_has_its_share_of_the_gradient() -> None:
-    (gx, gy), (expected_gx, expected_gy) = gradients(permit), plain_gradients()
+    (gx, gy), (expected_gx, expected_gy) = gradients(offers.permit), plain_gradients()
     torch.testing.assert_close(gx, expected_gx)
     assert (gy - expected_gy).abs().max() > 0.1 * expected_gy.abs().max()
 
@@ -63,10 +63,10 @@ def test_an_alias_is_taken_once_and_only_if_permitted_before_the_first_use() -> 
     x = X.clone().requires_grad_()
     y = end_of_block(x)
     assert take_alias(y) is y
-    permit(y)
+    offers.permit(y)
     assert take_alias(y) is y
     y = end_of_block(x)
-    permit(y)
+    offers.permit(y)
     alias = take_alias(y)
     assert alias is not y
     assert alias.data_ptr() == y.data_ptr()
@@ -75,17 +75,17 @@ def test_an_alias_is_taken_once_and_only_if_permitted_before_the_first_use() -> 
 
 def test_an_alias_is_not_taken_of_a_tensor_that_was_changed() -> None:
     y = end_of_block(X.clone().requires_grad_())
-    permit(y)
+    offers.permit(y)
     y.mul_(2)
     assert take_alias(y) is y
 
 
 def test_an_offer_can_be_withdrawn() -> None:
     y = end_of_block(X.clone().requires_grad_())
-    assert has_alias(y)
-    withdraw(y)
-    assert not has_alias(y)
-    permit(y)
+    assert offers.holds(y)
+    offers.withdraw(y)
+    assert not offers.holds(y)
+    offers.permit(y)
     assert take_alias(y) is y
-    withdraw(y)
-    withdraw([y])
+    offers.withdraw(y)
+    offers.withdraw([y])
