@@ -20,15 +20,21 @@ namespace {
 template <typename T, bool PROBABILITIES>
 struct CrossEntropy : RowOperation<T> {
   using A = Accumulation<T>;
-  struct State {
-    LogSumExpState<A> lse;
+  using Bound = Largest<T, false>;
+  struct Sums {
+    A terms;   // Σ exp(f − shift)
     A mass;    // Σ of the weights, which are q', or 1 for class indices
-    A linear;  // Σ weight · (f − shift), shift that of lse
+    A linear;  // Σ weight · (f − shift)
+  };
+  struct State {
+    A anchor;  // the largest f
+    Sums sums;
   };
   struct Scalars {
     int64_t index;
     A at_target;
   };
+  static constexpr bool ANCHORED = true;
   static constexpr bool REDUCES = true;
   static constexpr bool READS_Q = PROBABILITIES;
 
@@ -38,19 +44,27 @@ struct CrossEntropy : RowOperation<T> {
   OutputColumn<T> cross_entropy, lse;
   A* saved;
 
-  __device__ __forceinline__ State identity() const { return {{}, 0, 0}; }
+  __device__ __forceinline__ State identity() const { return {-static_cast<A>(INFINITY), {0, 0, 0}}; }
 
   __device__ __forceinline__ Scalars scalars(int64_t r) const {
     const int64_t index = targets.index(r);
     return {index, index < 0 ? A(0) : static_cast<A>(logits[r * logits_stride + index])};
   }
 
+  __device__ __forceinline__ void move(State& state, A anchor) const {
+    if (!(anchor > state.anchor)) return;
+    const A old_shift = shift_of(state.anchor);
+    const A shift = shift_of(anchor);
+    state.sums.terms = moved(state.sums.terms, old_shift, shift);
+    state.sums.linear += state.sums.mass * (old_shift - shift);
+    state.anchor = anchor;
+  }
+
   template <int COUNT>
   __device__ __forceinline__ void accumulate(State& state, const Scalars&, const Values<A, COUNT>& values) const {
-    const A old_shift = state.lse.shift();
-    push(state.lse, values.x);
+    const A shift = shift_of(state.anchor);
+    state.sums.terms += sum_of_terms(values.x, shift);
     if (!PROBABILITIES && targets.off == A(0)) return;
-    const A shift = state.lse.shift();
     A mass = 0;
     A linear = 0;
 #pragma unroll
@@ -59,31 +73,29 @@ struct CrossEntropy : RowOperation<T> {
       mass += weight;
       linear += weight * (values.x[i] - shift);
     }
-    state.linear += state.mass * (old_shift - shift) + linear;
-    state.mass += mass;
+    state.sums.linear += linear;
+    state.sums.mass += mass;
   }
 
-  __device__ __forceinline__ void merge(State& state, const State& other) const {
-    const A old_shift = state.lse.shift();
-    state.lse.merge(other.lse);
-    const A shift = state.lse.shift();
-    state.linear += state.mass * (old_shift - shift);
-    state.linear += other.linear + other.mass * (other.lse.shift() - shift);
-    state.mass += other.mass;
+  __device__ __forceinline__ void add(Sums& sums, const Sums& other) const {
+    sums.terms += other.terms;
+    sums.mass += other.mass;
+    sums.linear += other.linear;
   }
 
   __device__ __forceinline__ A value(const Scalars& row, const State& state) const {
-    const A log_sum = logarithm(state.lse.sum);
+    const Sums& sums = state.sums;
+    const A log_sum = logarithm(sums.terms);
     if (!PROBABILITIES && row.index < 0) return 0;
-    if (is_infinite(state.lse.max)) return static_cast<A>(NAN);
-    if (PROBABILITIES) return state.mass * log_sum - state.linear;
-    const A one_hot = targets.on * (log_sum - (row.at_target - state.lse.shift()));
+    if (is_infinite(state.anchor)) return static_cast<A>(NAN);
+    if (PROBABILITIES) return sums.mass * log_sum - sums.linear;
+    const A one_hot = targets.on * (log_sum - (row.at_target - shift_of(state.anchor)));
     // Σ q' = 1: the uniform part ε/C brings ε log Σ − ε/C Σ (f − m).
-    return targets.off == A(0) ? one_hot : one_hot + targets.off * (state.mass * log_sum - state.linear);
+    return targets.off == A(0) ? one_hot : one_hot + targets.off * (sums.mass * log_sum - sums.linear);
   }
 
   __device__ __forceinline__ void finish(int64_t r, const Scalars& row, const State& state) const {
-    const A log_sum_exp = state.lse.value();
+    const A log_sum_exp = LogSumExpState<A>{state.anchor, state.sums.terms}.value();
     cross_entropy.store(r, value(row, state));
     lse.store(r, log_sum_exp);
     if (saved != nullptr) saved[r] = log_sum_exp;
@@ -115,6 +127,7 @@ struct CrossEntropyBackward : CrossEntropyDerivative<T, PROBABILITIES> {
     int64_t index;
     A a, lse, g;
   };
+  static constexpr bool HAS_COLUMN = !PROBABILITIES;
   static constexpr bool REDUCES = PROBABILITIES;
   static constexpr bool MAP_READS_Q = PROBABILITIES;
 
@@ -129,7 +142,7 @@ struct CrossEntropyBackward : CrossEntropyDerivative<T, PROBABILITIES> {
     for (int i = 0; i < COUNT; ++i) mass += this->targets.q(values.q[i]);
   }
 
-  __device__ __forceinline__ void merge(State& mass, State other) const { mass += other; }
+  __device__ __forceinline__ void add(State& mass, State other) const { mass += other; }
   __device__ __forceinline__ void finish(int64_t, const Scalars&, State) const {}
 
   __device__ __forceinline__ Coefficients coefficients(const Scalars& row, State mass) const {
@@ -137,9 +150,13 @@ struct CrossEntropyBackward : CrossEntropyDerivative<T, PROBABILITIES> {
     return {row.index, g * (PROBABILITIES ? mass : this->targets.total) + row.h, row.lse, g};
   }
 
-  __device__ __forceinline__ A map(const Coefficients& c, A x, A, A q, int64_t column) const {
-    const A target = this->targets.q(PROBABILITIES ? q : column == c.index ? A(1) : A(0));
-    return c.a * softmax_term(x, c.lse) - c.g * target;
+  __device__ __forceinline__ A map(const Coefficients& c, A x, A, A q) const {
+    return c.a * softmax_term(x, c.lse) - c.g * this->targets.q(PROBABILITIES ? q : A(0));
+  }
+
+  __device__ __forceinline__ int64_t column(const Coefficients& c) const { return c.index; }
+  __device__ __forceinline__ A at_column(const Coefficients& c, A x) const {
+    return c.a * softmax_term(x, c.lse) - c.g * this->targets.q(A(1));
   }
 };
 
@@ -188,7 +205,7 @@ struct CrossEntropyDoubleBackward : CrossEntropyDerivative<T, PROBABILITIES> {
     }
   }
 
-  __device__ __forceinline__ void merge(State& state, const State& other) const {
+  __device__ __forceinline__ void add(State& state, const State& other) const {
     state.mean += other.mean;
     state.cross += other.cross;
     state.mass += other.mass;
@@ -213,7 +230,7 @@ struct CrossEntropyDoubleBackward : CrossEntropyDerivative<T, PROBABILITIES> {
     return {g * (PROBABILITIES ? state.mass : this->targets.total) + row.h, row.lse, state.mean};
   }
 
-  __device__ __forceinline__ A map(const Coefficients& c, A x, A v, A, int64_t) const {
+  __device__ __forceinline__ A map(const Coefficients& c, A x, A v, A) const {
     return c.a * softmax_term(x, c.lse) * (v - c.mean);
   }
 };

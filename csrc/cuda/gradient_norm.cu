@@ -20,8 +20,13 @@ namespace {
 template <typename T, bool EUCLIDEAN>
 struct GradientNorm : RowOperation<T> {
   using A = Accumulation<T>;
-  using State = ScaledSum<A>;
+  using Bound = Largest<T, true>;
+  struct State {
+    A anchor;  // the largest |x|
+    A sums;    // Σ (|x| / divisor)ᵖ;  p = 1: Σ |x|;  p = ∞: how many have the largest. A NaN lives on in it
+  };
   using Scalars = typename RowOperation<T>::None;
+  static constexpr bool ANCHORED = true;
   static constexpr bool REDUCES = true;
 
   Norm<A, EUCLIDEAN> norm;
@@ -30,61 +35,60 @@ struct GradientNorm : RowOperation<T> {
 
   __device__ __forceinline__ State identity() const { return {0, 0}; }
 
-  template <int COUNT>
-  __device__ __forceinline__ void accumulate(State& state, Scalars, const Values<A, COUNT>& values) const {
-    norm.for_order([&](auto total) {
-      total = {state.scale, state.sum};
-      push(total, values.x);
-      state = {total.scale, total.sum};
+  __device__ __forceinline__ void move(State& state, A anchor) const {
+    if (!(anchor > state.anchor)) return;
+    norm.for_order([&](auto order) {
+      constexpr NormOrder ORDER = order.value;
+      if constexpr (ORDER == NormOrder::infinity) {
+        state.sums *= A(0);
+      } else if constexpr (ORDER != NormOrder::one) {
+        const A divisor = norm.template divisor<ORDER>(state.anchor);
+        const A ratio = ORDER == NormOrder::two ? divisor * norm.reciprocal_of_divisor(anchor)
+                                                : divisor / norm.template divisor<ORDER>(anchor);
+        if (state.sums != A(0)) state.sums *= norm.template raised<ORDER>(ratio);  // 0 stays 0 where that overflows
+      }
     });
+    state.anchor = anchor;
   }
 
-  template <NormOrder ORDER, int COUNT>
-  __device__ __forceinline__ void push(NormState<A, ORDER>& total, const A (&x)[COUNT]) const {
-    if constexpr (ORDER == NormOrder::one || ORDER == NormOrder::infinity) {
-#pragma unroll
-      for (int i = 0; i < COUNT; ++i) total.push(x[i], norm.p);
-    } else {
-      // One scale for all of them. For p = 2 it is a power of two: scaling is exact and a multiplication. Else it is
-      // the largest itself, because a high power of a ratio up to 2 might overflow.
-      constexpr bool TWO = ORDER == NormOrder::two;
-      A largest = 0;
-#pragma unroll
-      for (int i = 0; i < COUNT; ++i) largest = magnitude(x[i]) > largest ? magnitude(x[i]) : largest;
-      if (largest > (TWO ? A(2) * total.scale : total.scale)) {
-        total.merge({TWO ? power_of_two(largest) : largest, A(0)}, norm.p);
-      }
-      const A divisor = total.divisor_of(total.scale);
-      const A factor = A(1) / divisor;
+  template <int COUNT>
+  __device__ __forceinline__ void accumulate(State& state, Scalars, const Values<A, COUNT>& values) const {
+    norm.for_order([&](auto order) {
+      constexpr NormOrder ORDER = order.value;
+      const A divisor = norm.template divisor<ORDER>(state.anchor);
+      const A factor = norm.reciprocal_of_divisor(state.anchor);
       A sum = 0;
 #pragma unroll
       for (int i = 0; i < COUNT; ++i) {
-        const A t = TWO ? magnitude(x[i]) * factor : magnitude(x[i]) / divisor;
-        sum += TWO ? t * t : raise(t, norm.p);
+        const A x = magnitude(values.x[i]);
+        if constexpr (ORDER == NormOrder::one) {
+          sum += x;
+        } else if constexpr (ORDER == NormOrder::infinity) {
+          sum += x == state.anchor ? A(1) : x == x ? A(0) : x;
+        } else {
+          sum += norm.template raised<ORDER>(ORDER == NormOrder::two ? x * factor : x / divisor);
+        }
       }
-      total.sum += sum;
-    }
-  }
-
-  __device__ __forceinline__ void merge(State& state, const State& other) const {
-    norm.for_order([&](auto total) {
-      total = {state.scale, state.sum};
-      total.merge({other.scale, other.sum}, norm.p);
-      state = {total.scale, total.sum};
+      state.sums += sum;
     });
   }
 
+  __device__ __forceinline__ void add(A& sum, A other) const { sum += other; }
+
   __device__ __forceinline__ void finish(int64_t r, Scalars, const State& state) const {
-    norm.for_order([&](auto total) {
-      total = {state.scale, state.sum};
-      const A n = total.value(norm.p);
-      result.store(r, power_of_norm(n, norm.k));
-      if (norm.order() == NormOrder::infinity) {
+    norm.for_order([&](auto order) {
+      constexpr NormOrder ORDER = order.value;
+      A n = state.sums;
+      if constexpr (ORDER == NormOrder::infinity) {
+        n = is_nan(state.sums) ? state.sums : state.anchor;
         saved[2 * r] = n;
-        saved[2 * r + 1] = total.sum;
-      } else if (saved != nullptr) {
-        saved[r] = n;
+        saved[2 * r + 1] = state.sums;
+      } else if constexpr (ORDER != NormOrder::one) {
+        const A root = ORDER == NormOrder::two ? square_root(state.sums) : power(state.sums, A(1) / norm.p);
+        n = norm.template divisor<ORDER>(state.anchor) * root;
       }
+      result.store(r, power_of_norm(n, norm.k));
+      if (ORDER != NormOrder::infinity && saved != nullptr) saved[r] = n;
     });
   }
 };
@@ -142,7 +146,7 @@ struct GradientNormBackward : NormDerivative<T, EUCLIDEAN> {
   __device__ __forceinline__ Coefficients coefficients(const Scalars& row, State) const {
     return {row, row.g * first_factor(row.n, this->norm.k)};
   }
-  __device__ __forceinline__ A map(const Coefficients& c, A x, A, A, int64_t) const {
+  __device__ __forceinline__ A map(const Coefficients& c, A x, A, A) const {
     return c.factor * this->gradient(c.row, x);
   }
 };
@@ -170,7 +174,7 @@ struct GradientNormDoubleBackward : NormDerivative<T, EUCLIDEAN> {
     for (int i = 0; i < COUNT; ++i) sum += this->gradient(row, values.x[i]) * values.v[i];
   }
 
-  __device__ __forceinline__ void merge(State& sum, State other) const { sum += other; }
+  __device__ __forceinline__ void add(State& sum, State other) const { sum += other; }
 
   __device__ __forceinline__ void finish(int64_t r, const Scalars& row, State sum) const {
     dg.store(r, first_factor(row.n, this->norm.k) * sum);
@@ -185,7 +189,7 @@ struct GradientNormDoubleBackward : NormDerivative<T, EUCLIDEAN> {
             row.g * root, root};
   }
 
-  __device__ __forceinline__ A map(const Coefficients& c, A x, A v, A, int64_t) const {
+  __device__ __forceinline__ A map(const Coefficients& c, A x, A v, A) const {
     A bracket = c.of_gradient * this->gradient(c.row, x);
     if constexpr (EUCLIDEAN) {
       bracket += c.of_v * v;

@@ -95,6 +95,9 @@ struct Scratch {
   State* data() const { return static_cast<State*>(bytes.mutable_data_ptr()); }
 };
 
+template <int LANES>
+using Lanes = std::integral_constant<int, LANES>;
+
 template <typename Op>
 void launch_small(const Device& device, const Op& op, const Rows<typename Op::Element>& rows) {
   constexpr int tiles = 1 + (Op::READS_V ? 1 : 0) + (Op::READS_Q ? 1 : 0);
@@ -120,16 +123,18 @@ Partials<Op> launch_split_reduction(const Device& device, const Op& op, const Ro
 
 template <typename Op>
 void launch_reduction(const Device& device, const Op& op, const Rows<typename Op::Element>& rows, const Tensor& like) {
-  constexpr int64_t WARP_CHUNKS =
-      16 * WARP;  // up to here a warp a row, four batches of loads, beats a block's barriers
   const int64_t chunks = rows.columns / WIDTH<typename Op::Element>;
-  typename Op::State* const none = nullptr;
-  if (chunks <= WARP_CHUNKS) {
-    const dim3 grid(grid_size(rows.rows, WARPS_BLOCK / WARP));
-    return launch(device, reduce_rows<Op, WARP>, grid, WARPS_BLOCK, 0, op, rows, none);
-  }
-  // Two blocks a multiprocessor keep the memory busy; with fewer rows than that the rows are split.
   const int64_t processors = device.attribute(cudaDevAttrMultiProcessorCount);
+  typename Op::State* const none = nullptr;
+  const auto launch_lanes = [&](auto lanes) {
+    const dim3 grid(grid_size(rows.rows, WARPS_BLOCK / lanes));
+    launch(device, reduce_rows<Op, lanes>, grid, WARPS_BLOCK, 0, op, rows, none);
+  };
+  // Up to here four batches of loads in one warp beat a block's barriers, and in one group of lanes those of a warp, if
+  // the rows are so many that all multiprocessors are busy: 64 are 16 warps.
+  if (chunks <= (rows.rows >= 64 * processors ? 16 : UNROLL) * GROUP) return launch_lanes(Lanes<GROUP>());
+  if (chunks <= 16 * WARP) return launch_lanes(Lanes<WARP>());
+  // Two blocks a multiprocessor keep the memory busy; with fewer rows than that the rows are split.
   const int64_t parts = rows.rows >= 2 * processors ? 1 : parts_of_row(rows.rows, chunks, 4 * processors);
   if (parts == 1)
     return launch(device, reduce_rows<Op, BLOCK>, dim3(grid_size(rows.rows, 1)), BLOCK, 0, op, rows, none);
@@ -144,7 +149,7 @@ void launch_map(const Device& device, const Op& op, const Rows<typename Op::Elem
                 const typename Op::State* partials, int parts) {
   const int64_t chunks = rows.columns / WIDTH<typename Op::Element>;
   const int64_t blocks = 8 * device.attribute(cudaDevAttrMultiProcessorCount);
-  const int64_t columns_parts = LANES == WARP ? 1 : parts_of_row(rows.rows, chunks, blocks);
+  const int64_t columns_parts = LANES <= WARP ? 1 : parts_of_row(rows.rows, chunks, blocks);
   const dim3 grid(grid_size(rows.rows, THREADS<LANES> / LANES), static_cast<unsigned>(columns_parts));
   launch(device, map_rows<Op, LANES>, grid, THREADS<LANES>, 0, op, rows, partials, parts);
 }
@@ -158,9 +163,11 @@ void launch_held(const Device& device, const Op& op, const Rows<typename Op::Ele
 template <typename Op>
 void launch_reduce_map(const Device& device, const Op& op, const Rows<typename Op::Element>& rows, const Tensor& like) {
   const int64_t chunks = rows.columns / WIDTH<typename Op::Element>;
-  constexpr int MOST_HELD = Op::READS_Q ? 4 : 8;  // of three inputs, 8 chunks each are more than the registers take
-  if (chunks <= 2 * WARP) return launch_held<Op, WARP, 2>(device, op, rows);
-  if (chunks <= MOST_HELD * WARP) return launch_held<Op, WARP, MOST_HELD>(device, op, rows);
+  if (chunks <= 4 * GROUP) return launch_held<Op, GROUP, 4>(device, op, rows);
+  if (chunks <= 4 * WARP) return launch_held<Op, WARP, 4>(device, op, rows);
+  if constexpr (!Op::READS_Q) {  // of three inputs, 8 chunks each are more than the registers take
+    if (chunks <= 8 * WARP) return launch_held<Op, WARP, 8>(device, op, rows);
+  }
   if (chunks <= 4 * BLOCK) return launch_held<Op, BLOCK, 4>(device, op, rows);
   const int64_t processors = device.attribute(cudaDevAttrMultiProcessorCount);
   // One block a row would leave half of the multiprocessors idle, which costs more than reading the rows twice.
@@ -187,6 +194,8 @@ void run_rows(const Device& device, const Op& op, const Rows<typename Op::Elemen
     launch_reduction(device, op, rows, like);
   } else if constexpr (Op::REDUCES) {
     launch_reduce_map(device, op, rows, like);
+  } else if (rows.columns / WIDTH<typename Op::Element> <= UNROLL * GROUP) {
+    launch_map<Op, GROUP>(device, op, rows, nullptr, 0);
   } else if (rows.columns / WIDTH<typename Op::Element> <= 8 * WARP) {
     launch_map<Op, WARP>(device, op, rows, nullptr, 0);
   } else {

@@ -15,24 +15,35 @@ namespace {
 template <typename T>
 struct LogSumExp : RowOperation<T> {
   using A = Accumulation<T>;
-  using State = LogSumExpState<A>;
+  using Bound = Largest<T, false>;
+  struct State {
+    A anchor;  // the largest x
+    A sums;    // Σ exp(x − shift)
+  };
   using Scalars = typename RowOperation<T>::None;
+  static constexpr bool ANCHORED = true;
   static constexpr bool REDUCES = true;
 
   OutputColumn<T> result;
   A* saved;  // null where the result has the accumulation type itself
 
-  __device__ __forceinline__ State identity() const { return {}; }
+  __device__ __forceinline__ State identity() const { return {-static_cast<A>(INFINITY), 0}; }
+
+  __device__ __forceinline__ void move(State& state, A anchor) const {
+    if (!(anchor > state.anchor)) return;
+    state.sums = moved(state.sums, shift_of(state.anchor), shift_of(anchor));
+    state.anchor = anchor;
+  }
 
   template <int COUNT>
   __device__ __forceinline__ void accumulate(State& state, Scalars, const Values<A, COUNT>& values) const {
-    push(state, values.x);
+    state.sums += sum_of_terms(values.x, shift_of(state.anchor));
   }
 
-  __device__ __forceinline__ void merge(State& state, const State& other) const { state.merge(other); }
+  __device__ __forceinline__ void add(A& sum, A other) const { sum += other; }
 
   __device__ __forceinline__ void finish(int64_t r, Scalars, const State& state) const {
-    const A lse = state.value();
+    const A lse = LogSumExpState<A>{state.anchor, state.sums}.value();
     result.store(r, lse);
     if (saved != nullptr) saved[r] = lse;
   }
@@ -58,7 +69,7 @@ struct LogSumExpBackward : RowOperation<T> {
 
   __device__ __forceinline__ Scalars scalars(int64_t r) const { return {g[r], lse[r]}; }
   __device__ __forceinline__ Coefficients coefficients(const Scalars& row, State) const { return row; }
-  __device__ __forceinline__ A map(const Coefficients& row, A x, A, A, int64_t) const {
+  __device__ __forceinline__ A map(const Coefficients& row, A x, A, A) const {
     return row.g * softmax_term(x, row.lse);
   }
 };
@@ -88,12 +99,12 @@ struct LogSumExpDoubleBackward : RowOperation<T> {
     for (int i = 0; i < COUNT; ++i) sum += values.v[i] * softmax_term(values.x[i], row.lse);
   }
 
-  __device__ __forceinline__ void merge(State& sum, State other) const { sum += other; }
+  __device__ __forceinline__ void add(State& sum, State other) const { sum += other; }
   __device__ __forceinline__ void finish(int64_t r, const Scalars&, State sum) const { dg.store(r, sum); }
   __device__ __forceinline__ Coefficients coefficients(const Scalars& row, State sum) const {
     return {row.g, row.lse, sum};
   }
-  __device__ __forceinline__ A map(const Coefficients& row, A x, A v, A, int64_t) const {
+  __device__ __forceinline__ A map(const Coefficients& row, A x, A v, A) const {
     return row.g * softmax_term(x, row.lse) * (v - row.mean);
   }
 };

@@ -102,26 +102,136 @@ __device__ __forceinline__ uint4 load_packed(const E* address, bool aligned) {
 
 template <typename E, typename A>
 __device__ __forceinline__ void unpack(uint4 bits, A* values) {
-  E elements[WIDTH<E>];
-  memcpy(elements, &bits, sizeof(bits));
+  if constexpr (std::is_same_v<E, c10::BFloat16>) {  // the upper half of a float32: one instruction each
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
-  for (int i = 0; i < WIDTH<E>; ++i) values[i] = static_cast<A>(elements[i]);
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t low = words[i] << 16;
+      const uint32_t high = words[i] & 0xffff0000u;
+      memcpy(values + 2 * i, &low, sizeof(low));
+      memcpy(values + 2 * i + 1, &high, sizeof(high));
+    }
+  } else {
+    E elements[WIDTH<E>];
+    memcpy(elements, &bits, sizeof(bits));
+#pragma unroll
+    for (int i = 0; i < WIDTH<E>; ++i) values[i] = static_cast<A>(elements[i]);
+  }
+}
+
+// Two numbers in one word, rounded to nearest.
+template <typename E>
+__device__ __forceinline__ uint32_t pack_pair(float first, float second) {
+  static_assert(sizeof(E) == 2);
+  uint32_t word;
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<E, c10::BFloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  }
+#else
+  const E elements[2] = {static_cast<E>(first), static_cast<E>(second)};
+  memcpy(&word, elements, sizeof(word));
+#endif
+  return word;
+}
+
+template <typename E, typename A>
+__device__ __forceinline__ uint4 pack(const A* values) {
+  uint4 bits;
+  if constexpr (sizeof(E) == 2) {
+    bits = {pack_pair<E>(values[0], values[1]), pack_pair<E>(values[2], values[3]), pack_pair<E>(values[4], values[5]),
+            pack_pair<E>(values[6], values[7])};
+  } else {
+    memcpy(&bits, values, sizeof(bits));
+  }
+  return bits;
 }
 
 template <typename E, typename A>
 __device__ __forceinline__ void store_packed(E* address, const A* values, bool aligned) {
-  E elements[WIDTH<E>];
-#pragma unroll
-  for (int i = 0; i < WIDTH<E>; ++i) elements[i] = static_cast<E>(values[i]);
+  const uint4 bits = pack<E>(values);
   if (aligned) {
-    uint4 bits;
-    memcpy(&bits, elements, sizeof(bits));
     store_16_bytes(address, bits);
     return;
   }
+  E elements[WIDTH<E>];
+  memcpy(elements, &bits, sizeof(bits));
 #pragma unroll
   for (int i = 0; i < WIDTH<E>; ++i) address[i] = elements[i];
 }
+
+__device__ __forceinline__ float larger_of(float a, float b) { return fmaxf(a, b); }  // of a NaN and b: b
+__device__ __forceinline__ double larger_of(double a, double b) { return fmax(a, b); }
+
+// The larger in each half of two words of a 16-bit type; of a NaN and b: b.
+template <typename T>
+__device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) {
+  uint32_t result;
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  } else {
+    asm("max.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  }
+#else
+  T first[2], second[2];
+  memcpy(first, &a, sizeof(a));
+  memcpy(second, &b, sizeof(b));
+  for (int i = 0; i < 2; ++i)
+    first[i] = static_cast<T>(larger_of(static_cast<float>(first[i]), static_cast<float>(second[i])));
+  memcpy(&result, first, sizeof(result));
+#endif
+  return result;
+}
+
+// The largest of many elements, or (MAGNITUDE) of their magnitudes, taken in 16 bytes at a time: two of a 16-bit type
+// by one instruction. A NaN counts as nothing; of no elements it is −inf, or 0.
+template <typename T, bool MAGNITUDE>
+class Largest {
+  using A = Accumulation<T>;
+  static constexpr bool PAIRS = sizeof(T) == 2;
+  static constexpr uint32_t LEAST_PAIR = std::is_same_v<T, c10::BFloat16> ? 0xff80ff80u : 0xfc00fc00u;  // −inf, −inf
+  using Kept = std::conditional_t<PAIRS, uint32_t, A>;
+
+ public:
+  __device__ __forceinline__ Largest() {
+    if constexpr (PAIRS) {
+      kept_ = MAGNITUDE ? 0 : LEAST_PAIR;
+    } else {
+      kept_ = MAGNITUDE ? A(0) : -static_cast<A>(INFINITY);
+    }
+  }
+
+  static __device__ __forceinline__ A of(A value) { return MAGNITUDE ? magnitude(value) : value; }
+
+  __device__ __forceinline__ void take(uint4 bits) {
+    if constexpr (PAIRS) {
+      const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) kept_ = larger_pair<T>(MAGNITUDE ? words[i] & 0x7fff7fffu : words[i], kept_);
+    } else {
+      A values[WIDTH<T>];
+      unpack<T>(bits, values);
+#pragma unroll
+      for (int i = 0; i < WIDTH<T>; ++i) kept_ = larger_of(of(values[i]), kept_);
+    }
+  }
+
+  __device__ __forceinline__ A value() const {
+    if constexpr (PAIRS) {
+      T pair[2];
+      memcpy(pair, &kept_, sizeof(kept_));
+      return larger_of(static_cast<A>(pair[0]), static_cast<A>(pair[1]));
+    } else {
+      return kept_;
+    }
+  }
+
+ private:
+  Kept kept_;
+};
 
 // COUNT neighbouring columns of every input; what an operation does not read stays 0 and costs nothing.
 template <typename A, int COUNT>
@@ -166,24 +276,47 @@ struct Chunk {
   uint4 x, v, q[2];
 };
 
-template <typename Op>
-__device__ __forceinline__ Chunk load_chunk(const Rows<typename Op::Element>& rows, const Row<Op>& row,
-                                            int64_t column) {
-  using T = typename Op::Element;
-  using A = Accumulation<T>;
-  Chunk chunk;
-  chunk.x = load_16_bytes(row.x + column);
-  if constexpr (Op::READS_V) chunk.v = load_packed(row.v + column, rows.v_aligned);
-  if constexpr (Op::READS_Q) {
-    if (std::is_same_v<T, A> || !rows.q_wide) {
-      chunk.q[0] = load_packed(static_cast<const T*>(row.q) + column, rows.q_aligned);
-    } else {
-      const A* q = static_cast<const A*>(row.q) + column;
-      chunk.q[0] = load_packed(q, rows.q_aligned);
-      chunk.q[1] = load_packed(q + WIDTH<A>, rows.q_aligned);
+// Loads the chunks base, base + LANES, … below last of one input. One branch for all of them, so that the loads of a
+// batch are under way together.
+template <int LANES, int COUNT, typename E, typename Index, typename Put>
+__device__ __forceinline__ void load_input(const E* first_chunk, int64_t elements_per_chunk, bool aligned, Index base,
+                                           Index last, Put put) {
+  if (aligned) {
+#pragma unroll
+    for (int u = 0; u < COUNT; ++u) {
+      if (base + u * LANES < last) put(u, load_16_bytes(first_chunk + (base + u * LANES) * elements_per_chunk));
+    }
+  } else {
+#pragma unroll
+    for (int u = 0; u < COUNT; ++u) {
+      if (base + u * LANES < last) put(u, load_packed(first_chunk + (base + u * LANES) * elements_per_chunk, false));
     }
   }
-  return chunk;
+}
+
+// Loads the chunks base, base + LANES, … below last of every input, COUNT at most.
+template <typename Op, int LANES, int COUNT, typename Index>
+__device__ __forceinline__ void load_chunks(const Rows<typename Op::Element>& rows, const Row<Op>& row, Index base,
+                                            Index last, Chunk (&chunks)[COUNT]) {
+  using T = typename Op::Element;
+  using A = Accumulation<T>;
+  constexpr int64_t W = WIDTH<T>;
+  load_input<LANES, COUNT>(row.x + row.head, W, true, base, last, [&](int u, uint4 bits) { chunks[u].x = bits; });
+  if constexpr (Op::READS_V) {
+    load_input<LANES, COUNT>(row.v + row.head, W, rows.v_aligned, base, last,
+                             [&](int u, uint4 bits) { chunks[u].v = bits; });
+  }
+  if constexpr (Op::READS_Q) {
+    if (std::is_same_v<T, A> || !rows.q_wide) {
+      load_input<LANES, COUNT>(static_cast<const T*>(row.q) + row.head, W, rows.q_aligned, base, last,
+                               [&](int u, uint4 bits) { chunks[u].q[0] = bits; });
+    } else {
+      const A* q = static_cast<const A*>(row.q) + row.head;
+      load_input<LANES, COUNT>(q, W, rows.q_aligned, base, last, [&](int u, uint4 bits) { chunks[u].q[0] = bits; });
+      load_input<LANES, COUNT>(q + WIDTH<A>, W, rows.q_aligned, base, last,
+                               [&](int u, uint4 bits) { chunks[u].q[1] = bits; });
+    }
+  }
 }
 
 template <typename Op>

@@ -38,6 +38,11 @@ __device__ __forceinline__ void small_row(const Op& op, int64_t r, int columns, 
                                           const typename Op::A* v, const typename Op::A* q) {
   const auto scalars = op.scalars(r);
   auto state = op.identity();
+  if constexpr (Op::ANCHORED) {
+    auto anchor = state.anchor;
+    for (int c = 0; c < columns; ++c) anchor = larger_of(Op::Bound::of(x[c]), anchor);
+    op.move(state, anchor);
+  }
   if constexpr (Op::REDUCES) {
     for (int c = 0; c < columns; ++c) {
       Values<typename Op::A, 1> values;
@@ -51,7 +56,11 @@ __device__ __forceinline__ void small_row(const Op& op, int64_t r, int columns, 
   if constexpr (Op::MAPS) {
     const auto coefficients = op.coefficients(scalars, state);
     for (int c = 0; c < columns; ++c) {
-      x[c] = op.map(coefficients, x[c], Op::READS_V ? v[c] : 0, Op::READS_Q ? q[c] : 0, c);
+      Values<typename Op::A, 1> values;
+      values.x[0] = x[c];
+      if constexpr (Op::READS_V) values.v[0] = v[c];
+      if constexpr (Op::READS_Q) values.q[0] = q[c];
+      x[c] = map_element(op, coefficients, c, values);
     }
   }
 }

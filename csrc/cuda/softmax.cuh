@@ -19,9 +19,6 @@ __device__ __forceinline__ float softmax_term(float x, float lse) {
 }
 __device__ __forceinline__ double softmax_term(double x, double lse) { return exp(x - lse); }
 
-__device__ __forceinline__ float larger_of(float a, float b) { return fmaxf(a, b); }  // of a NaN and b: b
-__device__ __forceinline__ double larger_of(double a, double b) { return fmax(a, b); }
-
 // a b, rounded: never part of a fused operation, which would leave a rest where two equal products cancel.
 __device__ __forceinline__ float product(float a, float b) {
 #ifdef __CUDA_ARCH__
@@ -38,19 +35,25 @@ __device__ __forceinline__ double product(double a, double b) {
 #endif
 }
 
-// Takes COUNT numbers into the state: one rescaling for all of them, and only where the maximum grows.
+// The state of a log-sum-exp: Σ exp(x − shift), where shift is the largest x so far if that is finite and else 0, as in
+// LogSumExpState.
+template <typename A>
+__device__ __forceinline__ A shift_of(A anchor) {
+  return LogSumExpState<A>::shift_of(anchor);
+}
+
+// What a sum of exponentials is to be multiplied by when its shift moves. An empty sum stays empty, whatever this is.
+template <typename A>
+__device__ __forceinline__ A moved(A sum, A old_shift, A shift) {
+  return sum == A(0) ? sum : sum * softmax_term(old_shift, shift);
+}
+
 template <typename A, int COUNT>
-__device__ __forceinline__ void push(LogSumExpState<A>& state, const A (&x)[COUNT]) {
-  A larger = state.max;
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) larger = larger_of(larger, x[i]);
-  const A shift = state.shift_of(larger);
-  if (larger > state.max && state.sum != A(0)) state.sum *= softmax_term(state.shift(), shift);
+__device__ __forceinline__ A sum_of_terms(const A (&x)[COUNT], A shift) {
   A sum = 0;
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) sum += softmax_term(x[i], shift);
-  state.sum += sum;
-  state.max = larger;
+  return sum;
 }
 
 }  // namespace rds_fast::cuda

@@ -62,17 +62,13 @@ __device__ __forceinline__ void accumulate_and_stash(const Op& op, typename Op::
                                                      const Stash<Op>& stash) {
   for (int64_t base = threadIdx.x; base < row.body; base += STASH_BLOCK * IN_FLIGHT<Op>) {
     Chunk chunks[IN_FLIGHT<Op>];
-#pragma unroll
-    for (int u = 0; u < IN_FLIGHT<Op>; ++u) {
-      const int64_t chunk = base + u * STASH_BLOCK;
-      if (chunk < row.body) chunks[u] = load_chunk<Op>(rows, row, row.chunk_column(chunk));
-    }
+    load_chunks<Op, STASH_BLOCK>(rows, row, base, row.body, chunks);
 #pragma unroll
     for (int u = 0; u < IN_FLIGHT<Op>; ++u) {
       const int64_t chunk = base + u * STASH_BLOCK;
       if (chunk < stash.chunks) stash.put(chunk, chunks[u]);
-      if (chunk < row.body) op.accumulate(state, scalars, unpack_chunk<Op>(rows, chunks[u]));
     }
+    accumulate_chunks<STASH_BLOCK>(op, state, scalars, rows, base, row.body, chunks);
   }
 }
 
@@ -82,14 +78,13 @@ __device__ __forceinline__ void map_stashed(const Op& op, const typename Op::Coe
                                             const Stash<Op>& stash) {
   for (int64_t base = threadIdx.x; base < row.body; base += STASH_BLOCK * IN_FLIGHT<Op>) {
     Chunk chunks[IN_FLIGHT<Op>];
+    if (stash.chunks < row.body && base + (IN_FLIGHT<Op> - 1) * STASH_BLOCK >= stash.chunks) {  // not all fitted
+      load_chunks<Op, STASH_BLOCK>(rows, row, base, row.body, chunks);
+    }
 #pragma unroll
     for (int u = 0; u < IN_FLIGHT<Op>; ++u) {
       const int64_t chunk = base + u * STASH_BLOCK;
-      if (chunk < stash.chunks) {
-        chunks[u] = stash.take(chunk);
-      } else if (chunk < row.body) {
-        chunks[u] = load_chunk<Op>(rows, row, row.chunk_column(chunk));
-      }
+      if (chunk < stash.chunks) chunks[u] = stash.take(chunk);
     }
 #pragma unroll
     for (int u = 0; u < IN_FLIGHT<Op>; ++u) {
@@ -109,16 +104,14 @@ __global__ void __launch_bounds__(STASH_BLOCK, 1)
     const auto scalars = op.scalars(r);
     auto state = op.identity();
     accumulate_and_stash(op, state, scalars, rows, row, stash);
-    Values<typename Op::A, 1> edge;
-    if (threadIdx.x < row.edges) {
-      edge = load_element<Op>(rows, row, row.edge_column(threadIdx.x));
-      op.accumulate(state, scalars, edge);
-    }
+    Values<typename Op::A, 1> edges[EDGES<Op, STASH_BLOCK>];
+    load_edges<STASH_BLOCK>(rows, row, threadIdx.x, edges);
+    accumulate_edges<STASH_BLOCK>(op, state, scalars, row, threadIdx.x, edges);
     merge_threads<STASH_BLOCK>(op, state);
     if (threadIdx.x == 0) op.finish(r, scalars, state);
     const auto coefficients = op.coefficients(scalars, state);
     map_stashed(op, coefficients, rows, row, stash);
-    if (threadIdx.x < row.edges) map_element(op, coefficients, row, row.edge_column(threadIdx.x), edge);
+    map_edges<STASH_BLOCK>(op, coefficients, row, threadIdx.x, edges);
   }
 }
 

@@ -49,9 +49,10 @@ SIZES = (
     (101, 7),  # a tile of short rows that is not full
     (2051, 10),
     (97, 32),  # the longest row that one thread takes
-    (9, 33),  # the shortest that a warp takes
+    (9, 33),  # the shortest that lanes of a warp share
     (5, 257),  # in 16-bit types: whole chunks and one element
     (33, 1000),
+    (10_007, 1000),  # so many that several share a warp
     (7, 4097),  # a block a row, in registers
     (5, 16_411),  # beyond the registers: few rows, so split over blocks
     (1, 262_144),
@@ -64,15 +65,15 @@ LONG_ROWS = ((300, 16_411), (150, 70_001))  # rows enough for a block each: kept
 # have a block each; and shared memory for 2000 chunks of two inputs.
 SMALL = Device(processors=2, shared_bytes=1024 + 2000 * 32, largest_grid=2, schedule=1)
 WIDE = Device(processors=132, largest_grid=2, schedule=2)  # so many that few rows are split over blocks
+ONE = Device(processors=1, largest_grid=2, schedule=1)  # a single processor, which 64 rows keep busy
 SHORT = ("small_rows", "small_rows", "small_rows")
-HELD = ("reduce_rows", "map_rows", "reduce_map_held")
-STASHED = ("reduce_rows", "map_rows", "reduce_map_stashed")
-SPLIT = ("reduce_rows", "finish_rows", "map_rows", "reduce_rows", "map_rows")
+STASHED = ("reduce_rows<.*, 256>", "map_rows<.*, 256>", "reduce_map_stashed")
+SPLIT = ("reduce_rows<.*, 256>", "finish_rows", "map_rows<.*, 256>", "reduce_rows<.*, 256>", "map_rows<.*, 256>")
 
 
-def held(lanes: int, chunks: int) -> tuple[str, ...]:
-    """The kernels of rows that ``lanes`` threads keep in registers, ``chunks`` each, in the double backward."""
-    return *HELD[:2], f"{HELD[2]}<.*, {lanes}, {chunks}>"
+def held(reducing: int, mapping: int, both: int, chunks: int) -> tuple[str, ...]:
+    """The kernels by how many threads share a row, which keep ``chunks`` each in the double backward."""
+    return f"reduce_rows<.*, {reducing}>", f"map_rows<.*, {mapping}>", f"reduce_map_held<.*, {both}, {chunks}>"
 
 
 class Path(NamedTuple):
@@ -87,11 +88,13 @@ PATHS = {  # named by where the double backward keeps a row
     "one class": Path(SMALL, Size(3, 1), SHORT),
     "a thread a row": Path(SMALL, Size(301, 7), SHORT),
     "the longest row of a thread": Path(SMALL, Size(97, 32), SHORT),
-    "the shortest row of a warp": Path(SMALL, Size(13, 33), held(32, 2)),
-    "a warp, 2 chunks a lane": Path(SMALL, Size(13, 1, 60), held(32, 2)),
-    "a warp, 4 chunks a lane": Path(SMALL, Size(9, 3, 120), held(32, 8)),  # held(32, 4) where there are probabilities
-    "a warp, 8 chunks a lane": Path(SMALL, Size(9, 3, 250), held(32, 8)),
-    "a block, in registers": Path(SMALL, Size(5, 1, 700), held(256, 4)),
+    "the shortest row of 8 lanes": Path(SMALL, Size(13, 33), held(8, 8, 8, 4)),
+    "8 lanes, a row without edges": Path(SMALL, Size(13, 0, 17), held(8, 8, 8, 4)),
+    "the longest row of 8 lanes": Path(SMALL, Size(13, 1, 31), held(8, 8, 8, 4)),
+    "many rows, 8 lanes reduce": Path(ONE, Size(67, 3, 120), held(8, 32, 32, 4)),
+    "a warp, 4 chunks a lane": Path(SMALL, Size(9, 3, 120), held(32, 32, 32, 4)),
+    "a warp, 8 chunks a lane": Path(SMALL, Size(9, 3, 250), held(32, 32, 32, 8)),  # of three inputs, a block
+    "a block, in registers": Path(SMALL, Size(5, 1, 700), held(256, 256, 256, 4)),
     "a block, in shared memory": Path(SMALL, Size(5, 1, 1100), STASHED),
     "a block, in shared memory in part": Path(SMALL, Size(5, 0, 2300), STASHED),
     "split over blocks": Path(WIDE, Size(3, 3, 3500), SPLIT),

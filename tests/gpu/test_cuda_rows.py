@@ -12,7 +12,6 @@ import pytest
 import torch
 from cuda_cases import (
     DTYPES,
-    HELD,
     MACHINES,
     PATHS,
     SHORT,
@@ -23,6 +22,7 @@ from cuda_cases import (
     check_cross_entropy,
     check_gradient_norm,
     check_logsumexp,
+    held,
     random_column,
     random_rows,
     targets,
@@ -119,7 +119,8 @@ def calls(kernels: Any, size: tuple[int, int], dtype: torch.dtype, device: str) 
     ("machine", "size", "expected"),
     [
         pytest.param(None, Size(4096, 10), SHORT, marks=pytest.mark.gpu, id="gpu-short"),
-        pytest.param(None, Size(4096, 1000), HELD, marks=pytest.mark.gpu, id="gpu-in registers"),
+        pytest.param(None, Size(4096, 1000), held(32, 32, 32, 8), marks=pytest.mark.gpu, id="gpu-in registers"),
+        pytest.param(None, Size(16_384, 500), held(8, 32, 32, 4), marks=pytest.mark.gpu, id="gpu-several a warp"),
         pytest.param(None, Size(512, 16_384), STASHED, marks=pytest.mark.gpu, id="gpu-in shared memory"),
         pytest.param(None, Size(1, 1_000_000), SPLIT, marks=pytest.mark.gpu, id="gpu-split"),
         *(pytest.param(*path, id=f"emulated-{name}") for name, path in PATHS.items()),
