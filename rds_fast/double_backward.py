@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from .backends import PLAIN_TENSORS, runs_plainly
-from .ops import activation, convolution, pooling
+from .ops import activation, concatenation, convolution, pooling
 from .ops.batch_norm import batch_norm
 from .ops.group_norm import group_norm, instance_norm, layer_norm
 
@@ -31,10 +31,10 @@ class fast_double_backward(TorchFunctionMode):
     operation ends the chain, and exists elsewhere. Only the forward must run inside. The mode holds for the thread that
     entered it, may be nested, and is left when an exception is raised.
 
-    Convolutions of all kinds, batch, layer, group and instance norm, activations and pools run on operations of this
-    library; scaled dot product attention in its plain form, since PyTorch's fused ones cannot be differentiated twice.
-    Everything else is left as it is, and so is all that runs under activation checkpointing, which is computed again
-    outside the mode.
+    Convolutions of all kinds, batch, layer, group and instance norm, activations, pools and concatenations run on
+    operations of this library; scaled dot product attention in its plain form, since PyTorch's fused ones cannot be
+    differentiated twice. Everything else is left as it is, and so is all that runs under activation checkpointing,
+    which is computed again outside the mode.
 
     Example, the R1 penalty (Mescheder, Geiger and Nowozin 2018)::
 
@@ -172,7 +172,11 @@ def _attention(
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     **{
         plain: functools.partial(ours, plain)
-        for plain, ours in {**convolution.REPLACEMENTS, **pooling.REPLACEMENTS}.items()
+        for plain, ours in {
+            **convolution.REPLACEMENTS,
+            **pooling.REPLACEMENTS,
+            **concatenation.REPLACEMENTS,
+        }.items()
     },
     **activation.REPLACEMENTS,
     functional.batch_norm: batch_norm,

@@ -107,8 +107,12 @@ class MaxPoolBackward(Function):
         if v is None:
             return (None,) * 6
         (places,) = ctx.saved_tensors
-        at_maxima = v.flatten(-ctx.rank).gather(-1, places.flatten(-ctx.rank))
-        return at_maxima.view_as(places), *(None,) * 5
+        # with the spatial dimensions in the order of memory a result of gather is in that order, too
+        channels_last = places.stride(-ctx.rank - 1) == 1 and not places.is_contiguous()
+        order = -2 if channels_last else -1
+        places_of_v = places.flatten(-ctx.rank).movedim(-1, order)
+        at_maxima = v.flatten(-ctx.rank).movedim(-1, order).gather(order, places_of_v).movedim(order, -1)
+        return at_maxima.unflatten(-1, places.shape[-ctx.rank :]), *(None,) * 5
 
 
 _AVERAGE_POOLS: dict[Any, Any] = {
