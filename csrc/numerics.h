@@ -77,6 +77,12 @@ RDS_FAST_HOST_DEVICE NormOrder norm_order(double p) {
   return p < static_cast<double>(INFINITY) ? NormOrder::general : NormOrder::infinity;
 }
 
+// Numbers that the forward leaves for the derivatives of r = ‖x‖ₚᵏ: the norm, unless the result is the norm to all its
+// digits, and for p = ∞ the number of coordinates that attain it as well.
+RDS_FAST_HOST_DEVICE int saved_of_norm(double p, double power, bool result_is_wide) {
+  return norm_order(p) == NormOrder::infinity ? 2 : power == 1.0 && result_is_wide ? 0 : 1;
+}
+
 // ‖x‖ₚ = scale (Σ (|xᵢ| / scale)ᵖ)^(1/p), online: scale is the largest |xᵢ| so far and sum the sum, so that no power
 // overflows, and none that matters underflows. While scale is 0 or infinite the divisor is 1, so that 0/0 and inf/inf
 // are never formed. A NaN lives on in sum.

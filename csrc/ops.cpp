@@ -120,8 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_double_backward(const Tensor& v
 std::tuple<Tensor, Tensor> gradient_norm(const Tensor& x, double p, double power, bool full_precision) {
   Tensor result = empty_values(x, result_type(x, full_precision));
   const ScalarType type = accumulation_type(x.scalar_type());
-  const bool is_norm = power == 1.0 && result.scalar_type() == type;  // the result itself, to all its digits
-  const int64_t kept = norm_order(p) == NormOrder::infinity ? 2 : is_norm ? 0 : 1;
+  const int64_t kept = saved_of_norm(p, power, result.scalar_type() == type);
   Tensor saved = torch::stable::new_empty(x, {x.size(0), kept}, type);
   kernels().gradient_norm(shape_of(x), rows(x), p, power, results(result, x), saved_in(saved));
   return {result, saved};

@@ -216,8 +216,7 @@ std::tuple<Tensor, Tensor> gradient_norm(Tensor x, double p, double power, bool 
   const Device device(x);
   const ScalarType wide = accumulation_type(x);
   Tensor result = new_column(x, full_precision ? wide : x.scalar_type());
-  const bool is_norm = power == 1.0 && result.scalar_type() == wide;
-  const int64_t saved_columns = norm_order(p) == NormOrder::infinity ? 2 : is_norm ? 0 : 1;
+  const int64_t saved_columns = saved_of_norm(p, power, result.scalar_type() == wide);
   Tensor saved = torch::stable::new_empty(x, std::vector<int64_t>{x.size(0), saved_columns}, wide);
   for_element_type_and_order(x, p, [&](auto element, auto euclidean) {
     using T = decltype(element);
