@@ -37,7 +37,7 @@ demo: setup
 	@$(BIN)/rds-fast demo
 
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 	@if [ -f build/CTestTestfile.cmake ]; then $(BIN)/ctest --test-dir build --output-on-failure --no-tests=error; \
 	  else echo 'The native kernels were not built, so the tests of csrc/numerics.h were left out.'; fi
 

@@ -16,6 +16,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", metavar="I/N", help="every N-th test, from number I (0 <= I < N) on")
 
 
+def pytest_configure() -> None:
+    """One thread: the tensors here are so small that a second one only waits, and tests run side by side."""
+    torch.set_num_threads(1)
+
+
 @pytest.hookimpl(trylast=True)  # after -k and -m, so that parts are of one size
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave one part, if so asked; skip the tests marked ``gpu``, by name, where there is no CUDA device."""

@@ -106,15 +106,12 @@ def emulated(device: Device = H200) -> Iterator[Any]:
     if reason is not None:
         pytest.skip(f"the CUDA kernels' emulation: {reason}")
     library, _ = load()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of what PyTorch computes for comparison, on small tensors: waking a second costs more
     library.cuda_emulation_set(*device)
     library.cuda_emulation_guard_memory(True)
     try:
         yield torch.ops.rds_fast_emulated
     finally:
         library.cuda_emulation_guard_memory(False)
-        torch.set_num_threads(threads)
 
 
 def launches() -> list[Launch]:
