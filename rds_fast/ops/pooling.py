@@ -107,12 +107,22 @@ class MaxPoolBackward(Function):
         if v is None:
             return (None,) * 6
         (places,) = ctx.saved_tensors
+        spatial = places.shape[-ctx.rank :]
         # with the spatial dimensions in the order of memory a result of gather is in that order, too
         channels_last = places.stride(-ctx.rank - 1) == 1 and not places.is_contiguous()
-        order = -2 if channels_last else -1
-        places_of_v = places.flatten(-ctx.rank).movedim(-1, order)
-        at_maxima = v.flatten(-ctx.rank).movedim(-1, order).gather(order, places_of_v).movedim(order, -1)
-        return at_maxima.unflatten(-1, places.shape[-ctx.rank :]), *(None,) * 5
+        v, places = _in_one_dimension(v, ctx.rank), _in_one_dimension(places, ctx.rank)
+        if not channels_last:
+            at_maxima = v.gather(-1, places)
+            return at_maxima.reshape(*at_maxima.shape[:-1], *spatial), *(None,) * 5
+        at_maxima = v.transpose(-1, -2).gather(-2, places.transpose(-1, -2))
+        # before they are put back: a view of a batch of one would else get a stride that no channels-last tensor has
+        at_maxima = at_maxima.reshape(*at_maxima.shape[:-2], *spatial, at_maxima.shape[-1])
+        return at_maxima.movedim(-1, -ctx.rank - 1), *(None,) * 5
+
+
+def _in_one_dimension(x: Tensor, rank: int) -> Tensor:
+    """The spatial dimensions as one. Not by ``flatten``, for which ``is_grads_batched`` has no batching rule."""
+    return x.reshape(*x.shape[:-rank], x.shape[-rank:].numel())
 
 
 _AVERAGE_POOLS: dict[Any, Any] = {

@@ -19,8 +19,8 @@ from rds_fast.ops import activation
 from tests.ops.activations import ALL, IN_PLACE, SMOOTH, orders, random, smooth_points, true_orders
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# 17: one AVX-512 vector of float32 and a value. 100,003: several threads. 3,000,000: float32 results are streamed past
-# the cache, the last not a whole chunk.
+# 17: one AVX-512 vector of float32 and a value. 100,003: work for several threads. 3,000,000: float32 results are
+# streamed past the cache, the last not a whole chunk.
 COUNTS = [1, 17, 100_003, 3_000_000]
 
 
@@ -219,6 +219,24 @@ def test_dtypes_without_gradient_are_pytorchs(fused_backend: str) -> None:
     assert torch.equal(activation.relu6(integers), F.relu6(integers))
     z = torch.tensor([1 + 1j], requires_grad=True)
     assert torch.equal(activation.sigmoid(z), torch.sigmoid(z))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_with_any_number_of_threads(dtype: torch.dtype, fused_backend: str) -> None:
+    """Of the derivatives: the results, and so what is computed from those of sigmoid and tanh, are PyTorch's."""
+    threads = torch.get_num_threads()
+    names = [name for name in SMOOTH if name not in ("sigmoid", "tanh")]
+    try:
+        for name, count in [(name, COUNTS[2]) for name in names] + [("gelu", COUNTS[3])]:
+            x, g, v = (random(count, dtype=dtype, seed=seed) for seed in range(3))
+            runs = []
+            for number in (1, 2, 3):
+                torch.set_num_threads(number)
+                runs.append(orders(ALL[name].ours, x, g, v)[1:])
+            for other in runs[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True)), name
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])

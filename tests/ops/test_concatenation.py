@@ -30,7 +30,7 @@ def test_derivatives(cat: Callable[..., Tensor], dim: int) -> None:
     for size, shape in zip((1, 5, 0), shapes, strict=True):
         shape[dim] = size
     leaves = tensors(*map(tuple, shapes))
-    function = fast(lambda *tensors: cat(tensors, dim))
+    function = fast(lambda *tensors: cat([tensor * 1 for tensor in tensors], dim))
     assert is_ours(function(*leaves))
     assert torch.equal(function(*leaves), cat(leaves, dim))
     assert torch.autograd.gradcheck(function, leaves)
@@ -65,11 +65,38 @@ def test_a_gradient_that_is_not_wanted() -> None:
     x, constant = torch.randn(2, 3, requires_grad=True), torch.randn(2, 1)
     with torch.no_grad():
         assert fast(lambda: torch.cat((x, x)))().grad_fn is None
-    y = fast(lambda: torch.cat((x, constant), dim=1))()
+    y = fast(lambda: torch.cat((x, constant, -x), dim=1))()
     assert is_ours(y)
-    (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(y.pow(4).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(gradient.sum(), x)
-    torch.testing.assert_close(second, 6 * x.detach())
+    torch.testing.assert_close(second, 24 * x.detach().square())
+
+
+@pytest.mark.parametrize("cat", [torch.cat, torch.concat, torch.concatenate])
+def test_numpys_name_of_the_dimension(cat: Callable[..., Tensor]) -> None:
+    leaves = tensors((2, 3), (2, 1))
+    y = fast(lambda: cat(leaves, axis=-1))()
+    assert is_ours(y)
+    assert torch.equal(y, cat(leaves, axis=-1))
+    assert torch.equal(fast(lambda: cat(tensors=leaves[:1], axis=1))(), leaves[0])
+
+
+@pytest.mark.parametrize("dim", [1, -2])
+def test_gradients_may_be_changed_in_place(dim: int) -> None:
+    """Those of leaves, and that of a single tensor with one; PyTorch forbids it of the results of a split."""
+    leaves = tensors((2, 1, 3), (2, 4, 3))
+    outer, noise = tensors((2, 3, 3)), torch.randn(2, 2, 3, dtype=torch.float64)
+    for joined, inputs in (((leaves[0], noise, leaves[1]), leaves), ((outer[0].exp(), noise), outer)):
+        seconds = []
+        of = [t for t in joined if t.requires_grad]
+        for wrap in (fast, lambda function: function):
+            y = wrap(lambda joined=joined: torch.cat(joined, dim))()
+            gradients = torch.autograd.grad(y.pow(3).sum(), of, create_graph=True)
+            for gradient in gradients:
+                gradient.mul_(2)
+            seconds.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), inputs, retain_graph=True))
+        for ours, theirs in zip(*seconds, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_channels_last() -> None:
@@ -89,6 +116,7 @@ def test_what_is_left_to_pytorch() -> None:
         lambda: torch.cat((x, empty)),  # which it passes over, whatever the dimensions of the others
         lambda: torch.cat((x, half)),  # which it casts
         lambda: torch.cat((x,)),
+        lambda: torch.cat((x, x.detach())),  # of which there is one part to put together again
         lambda: torch.stack((x, x)),
     ):
         ours, theirs = fast(function)(), function()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fast_layers import Calls, fast
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.nn import functional
 
 aten = torch.ops.aten
@@ -47,18 +48,38 @@ def test_pools(name: str, channels_last: bool) -> None:
     assert torch.autograd.gradgradcheck(fast(function), x)
 
 
+@pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("name", ["avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"])
-def test_the_order_of_memory_is_kept(name: str, memory_format: torch.memory_format) -> None:
+def test_the_order_of_memory_is_kept(name: str, memory_format: torch.memory_format, size: int) -> None:
     """At every order: what follows would else be computed across memory, or copied first."""
     function, shape = POOLS[name]
-    x = torch.randn(shape).contiguous(memory_format=memory_format).requires_grad_()
+    x = torch.randn(size, *shape[1:]).contiguous(memory_format=memory_format).requires_grad_()
     y = fast(function)(x * 1)
     g = torch.randn_like(y).requires_grad_()
     (gx,) = torch.autograd.grad(y, x, g, create_graph=True)
     (dg,) = torch.autograd.grad(gx, g, torch.randn_like(gx))
     for tensor in (y, gx, dg):
         assert tensor.is_contiguous(memory_format=memory_format)
+        # by which PyTorch chooses the format of what follows: the stride of a batch of one counts, too
+        assert suggest_memory_format(tensor) == memory_format
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("name", ["max_pool2d", "adaptive_max_pool2d", "max_pool3d"])
+def test_a_batch_of_cotangents_at_once(name: str, channels_last: bool) -> None:
+    """As in ``torch.autograd.functional.hessian(..., vectorize=True)``."""
+    function, shape = POOLS[name]
+    x = torch.randn(shape)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
+    y = fast(function)(x.requires_grad_())
+    g = torch.randn_like(y).requires_grad_()
+    (gx,) = torch.autograd.grad(y, x, g, create_graph=True)
+    several = torch.randn(3, *shape)
+    (found,) = torch.autograd.grad(gx, g, several, retain_graph=True, is_grads_batched=True)
+    for one, v in zip(found, several, strict=True):
+        torch.testing.assert_close(one, torch.autograd.grad(gx, g, v, retain_graph=True)[0])
 
 
 @pytest.mark.parametrize("name", ["avg_pool2d", "max_pool2d", "adaptive_avg_pool2d"])
