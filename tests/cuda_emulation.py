@@ -71,6 +71,15 @@ def obstacle() -> str | None:
 
 def build() -> Path:
     """The library, built if it is older than its sources: about half a minute on one core."""
+    import fcntl  # which Windows lacks
+
+    FOLDER.parent.mkdir(parents=True, exist_ok=True)
+    with FOLDER.with_suffix(".lock").open("w") as lock:  # tests run side by side, each process would build it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build_alone()
+
+
+def _build_alone() -> Path:
     cache = FOLDER / "CMakeCache.txt"
     if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
         shutil.rmtree(FOLDER)  # the project was moved or copied

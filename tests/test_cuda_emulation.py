@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import cuda_emulation
@@ -21,6 +26,22 @@ def machine(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 def numbers() -> torch.Tensor:
     return torch.arange(THREADS, dtype=torch.float32)
+
+
+def test_one_builds_while_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    building = threading.Lock()
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert building.acquire(blocking=False)
+        time.sleep(0.02)
+        building.release()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(cuda_emulation, "FOLDER", tmp_path / "build" / "emulation")
+    monkeypatch.setattr(cuda_emulation.subprocess, "run", run)
+    with ThreadPoolExecutor(3) as pool:
+        builds = [pool.submit(cuda_emulation.build) for _ in range(3)]
+    assert len({build.result() for build in builds}) == 1
 
 
 @pytest.mark.parametrize("kind", ["none", "shared memory asked for"])
