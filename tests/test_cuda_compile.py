@@ -16,6 +16,7 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 ARCHITECTURE = "sm_90"
 REGISTERS_OF_A_MULTIPROCESSOR = 65536
+PAIRED = r"(?:cvt\.rn|max)\.b?f16x2"  # instructions for two 16-bit numbers
 KERNELS = ("small_rows", "reduce_rows", "finish_rows", "map_rows", "reduce_map_held", "reduce_map_stashed")
 
 
@@ -27,14 +28,14 @@ class Kernel(NamedTuple):
     resident_blocks: int  # that must fit on a multiprocessor together
 
 
-def compile_kernels(source: Path, folder: Path) -> tuple[dict[str, Kernel], str]:
+def compile_kernels(source: Path, folder: Path, architecture: str = ARCHITECTURE) -> tuple[dict[str, Kernel], str]:
     """What ptxas reports of each kernel, by its mangled name, and the PTX that it read."""
     include = Path(torch.__file__).parent / "include"
     command = [
         NVCC,
         "-std=c++17",
         "-O3",
-        f"-arch={ARCHITECTURE}",
+        f"-arch={architecture}",
         "-DTORCH_TARGET_VERSION=((2ULL << 56) | (11ULL << 48))",
     ]
     command += [f"-I{include}", "-DUSE_CUDA", "-Xcompiler=-fPIC", "-Xptxas=-v", "--keep", f"--keep-dir={folder}"]
@@ -77,3 +78,15 @@ def test_no_kernel_spills(source: Path, tmp_path: Path) -> None:
         assert allocated * 32 * warps <= REGISTERS_OF_A_MULTIPROCESSOR, f"{name}: {kernel}"
     assert "ld.global.nc.L1::no_allocate.v4.u32" in ptx  # the 16-byte loads are there
     assert re.search(r"st\.global\.v4\.[bu]32", ptx)
+    assert set(re.findall(PAIRED, ptx)) == {"cvt.rn.bf16x2", "cvt.rn.f16x2", "max.bf16x2", "max.f16x2"}
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+def test_gpus_without_paired_instructions(tmp_path: Path) -> None:
+    """A build for the GPU that is present may be for one older than sm_80, the first with instructions for pairs."""
+    known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    if "sm_75" not in known.split():
+        pytest.skip("this nvcc compiles for no GPU so old")
+    kernels, ptx = compile_kernels(SOURCES[-1], tmp_path, "sm_75")
+    assert kernels
+    assert not re.search(PAIRED, ptx)

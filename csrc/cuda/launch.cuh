@@ -130,8 +130,8 @@ void launch_reduction(const Device& device, const Op& op, const Rows<typename Op
     const dim3 grid(grid_size(rows.rows, WARPS_BLOCK / lanes));
     launch(device, reduce_rows<Op, lanes>, grid, WARPS_BLOCK, 0, op, rows, none);
   };
-  // Up to here four batches of loads in one warp beat a block's barriers, and in one group of lanes those of a warp, if
-  // the rows are so many that all multiprocessors are busy: 64 are 16 warps.
+  // Up to four batches of loads in one warp beat a block's barriers, and in one group of lanes what a row costs a whole
+  // warp, if the rows are so many that all multiprocessors are busy: 64 rows each are 16 warps. Fewer rows: one batch.
   if (chunks <= (rows.rows >= 64 * processors ? 16 : UNROLL) * GROUP) return launch_lanes(Lanes<GROUP>());
   if (chunks <= 16 * WARP) return launch_lanes(Lanes<WARP>());
   // Two blocks a multiprocessor keep the memory busy; with fewer rows than that the rows are split.

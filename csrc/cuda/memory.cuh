@@ -119,12 +119,18 @@ __device__ __forceinline__ void unpack(uint4 bits, A* values) {
   }
 }
 
+// Instructions for two 16-bit numbers in one word came with sm_80. A GPU older than that, for which the kernels are
+// built where it is the one present, takes the numbers one by one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define RDS_FAST_PAIRED_INSTRUCTIONS
+#endif
+
 // Two numbers in one word, rounded to nearest.
 template <typename E>
 __device__ __forceinline__ uint32_t pack_pair(float first, float second) {
   static_assert(sizeof(E) == 2);
   uint32_t word;
-#ifdef __CUDA_ARCH__
+#ifdef RDS_FAST_PAIRED_INSTRUCTIONS
   if constexpr (std::is_same_v<E, c10::BFloat16>) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
   } else {
@@ -169,7 +175,7 @@ __device__ __forceinline__ double larger_of(double a, double b) { return fmax(a,
 template <typename T>
 __device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) {
   uint32_t result;
-#ifdef __CUDA_ARCH__
+#ifdef RDS_FAST_PAIRED_INSTRUCTIONS
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
     asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
   } else {
