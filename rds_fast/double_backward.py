@@ -56,9 +56,13 @@ class fast_double_backward(TorchFunctionMode):
         if replacement is None:
             with self:
                 return _transparent(func)(*args, **kwargs)
-        if "out" in kwargs or _is_checkpointed():  # autograd has no part in what is written to an ``out``
+        # autograd has no part in what is written to an ``out``, and NumPy's names of an input are PyTorch's alone
+        if not _PYTORCHS_ALONE.isdisjoint(kwargs) or _is_checkpointed():
             return func(*args, **kwargs)
         return replacement(*args, **kwargs)
+
+
+_PYTORCHS_ALONE = frozenset(("out", "x", "a", "x1"))
 
 
 def _is_checkpointed() -> bool:

@@ -187,6 +187,14 @@ def test_out_arguments() -> None:
     torch.testing.assert_close(out, torch.sigmoid(x))
 
 
+def test_numpys_names_of_an_input() -> None:
+    """PyTorch takes them for those builtins that it parses itself."""
+    x = torch.randn(2, 3, 4, 4)
+    with fast_double_backward():
+        assert torch.equal(torch.relu(a=x), x.relu())
+        assert torch.equal(torch.max_pool2d(x=x, kernel_size=2), F.max_pool2d(x, 2))
+
+
 def test_one_graph_used_twice() -> None:
     results = []
     for fast in (True, False):
