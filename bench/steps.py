@@ -64,12 +64,12 @@ class Case(NamedTuple):
         return f"{name}, autocast {str(self.autocast).removeprefix('torch.')}" if self.autocast else name
 
     def network(self, device: torch.device) -> nn.Module:
-        with torch.device(device):
-            if self.image_size <= 64 and self.model in models.NAMES:
-                network = models.build(self.model, (3, self.image_size, self.image_size), 10)
-            else:
-                network = models._torchvision_models().get_model(self.model, weights=None)
-        network = network.to(self.dtype).train(self.mode == "train")
+        if self.image_size <= 64 and self.model in models.NAMES:
+            network = models.build(self.model, (3, self.image_size, self.image_size), 10)
+        else:
+            network = models._torchvision_models().get_model(self.model, weights=None)
+        # made on the CPU: there are models that compute their sizes by tensors, which the meta device does not hold
+        network = network.to(device, self.dtype).train(self.mode == "train")
         for module in network.modules():
             if self.float32_norms and isinstance(module, _BatchNorm):
                 module.float()
