@@ -78,8 +78,7 @@ __device__ __forceinline__ void merge_threads(const Op& op, typename Op::State& 
   } else {
     merge_lanes<WARP>(op, state, ALL_LANES);
     constexpr int WARPS = THREADS / WARP;
-    __shared__ __align__(16) unsigned char storage[WARPS * sizeof(State)];  // bytes: a State has a constructor
-    State* const states = reinterpret_cast<State*>(storage);
+    __shared__ State states[WARPS];
     __syncthreads();  // a warp may still be reading the states of the previous row
     if (threadIdx.x % WARP == 0) states[threadIdx.x / WARP] = state;
     __syncthreads();
