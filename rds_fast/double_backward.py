@@ -176,11 +176,8 @@ def _attention(
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     **{
         plain: functools.partial(ours, plain)
-        for plain, ours in {
-            **convolution.REPLACEMENTS,
-            **pooling.REPLACEMENTS,
-            **concatenation.REPLACEMENTS,
-        }.items()
+        for module in (convolution, pooling, concatenation)
+        for plain, ours in module.REPLACEMENTS.items()
     },
     **activation.REPLACEMENTS,
     functional.batch_norm: batch_norm,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from criteria import assert_accurate as assert_rows_accurate
+from threads import assert_same_bits_with_any_number_of_threads
 from torch import Tensor
 
 from rds_fast import backends
@@ -364,18 +366,9 @@ def test_one_value_leaves_a_finite_running_variance() -> None:
 )
 def test_results_do_not_depend_on_the_number_of_threads(size: tuple[int, ...], training: bool) -> None:
     case = Case(training, relu=True, residual=True)
-    threads = torch.get_num_threads()
-    try:
-        for channels_last in (False, True) if len(size) in LAST else (False,):
-            t = given(size, torch.float32, case, channels_last=channels_last)
-            runs = []
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                runs.append(run(t, case))
-            for other in runs[1:]:
-                assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
-    finally:
-        torch.set_num_threads(threads)
+    for channels_last in (False, True) if len(size) in LAST else (False,):
+        t = given(size, torch.float32, case, channels_last=channels_last)
+        assert_same_bits_with_any_number_of_threads(partial(run, t, case))
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])

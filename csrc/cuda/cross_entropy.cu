@@ -151,12 +151,16 @@ struct CrossEntropyBackward : CrossEntropyDerivative<T, PROBABILITIES> {
   }
 
   __device__ __forceinline__ A map(const Coefficients& c, A x, A, A q) const {
-    return c.a * softmax_term(x, c.lse) - c.g * this->targets.q(PROBABILITIES ? q : A(0));
+    return gradient(c, x, PROBABILITIES ? q : A(0));
   }
 
   __device__ __forceinline__ int64_t column(const Coefficients& c) const { return c.index; }
-  __device__ __forceinline__ A at_column(const Coefficients& c, A x) const {
-    return c.a * softmax_term(x, c.lse) - c.g * this->targets.q(A(1));
+  __device__ __forceinline__ A at_column(const Coefficients& c, A x) const { return gradient(c, x, A(1)); }
+
+ private:
+  // An element of gf, of a class that has this probability.
+  __device__ __forceinline__ A gradient(const Coefficients& c, A x, A probability) const {
+    return c.a * softmax_term(x, c.lse) - c.g * this->targets.q(probability);
   }
 };
 

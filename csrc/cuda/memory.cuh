@@ -89,9 +89,9 @@ __device__ __forceinline__ void store_16_bytes(void* address, uint4 bits) {
 #endif
 }
 
+// The same 16 bytes, element by element.
 template <typename E>
-__device__ __forceinline__ uint4 load_packed(const E* address, bool aligned) {
-  if (aligned) return load_16_bytes(address);
+__device__ __forceinline__ uint4 load_elements(const E* address) {
   E elements[WIDTH<E>];
 #pragma unroll
   for (int i = 0; i < WIDTH<E>; ++i) elements[i] = address[i];
@@ -287,16 +287,16 @@ struct Chunk {
 template <int LANES, int COUNT, typename E, typename Index, typename Put>
 __device__ __forceinline__ void load_input(const E* first_chunk, int64_t elements_per_chunk, bool aligned, Index base,
                                            Index last, Put put) {
+  const auto load_each = [&](auto load) {
+#pragma unroll
+    for (int u = 0; u < COUNT; ++u) {
+      if (base + u * LANES < last) put(u, load(first_chunk + (base + u * LANES) * elements_per_chunk));
+    }
+  };
   if (aligned) {
-#pragma unroll
-    for (int u = 0; u < COUNT; ++u) {
-      if (base + u * LANES < last) put(u, load_16_bytes(first_chunk + (base + u * LANES) * elements_per_chunk));
-    }
+    load_each([](const E* address) { return load_16_bytes(address); });
   } else {
-#pragma unroll
-    for (int u = 0; u < COUNT; ++u) {
-      if (base + u * LANES < last) put(u, load_packed(first_chunk + (base + u * LANES) * elements_per_chunk, false));
-    }
+    load_each([](const E* address) { return load_elements(address); });
   }
 }
 

@@ -52,20 +52,26 @@ __device__ __forceinline__ void merge(const Op& op, typename Op::State& state, t
   }
 }
 
-// Every lane gets the merged state of its group of LANES (a power of two) neighbours. `lanes` must all take part.
+// Every lane gets the sum over its group of LANES (a power of two) neighbours. `lanes` must all take part.
+template <int LANES, typename Op, typename Sums>
+__device__ __forceinline__ void add_lanes(const Op& op, Sums& sums, unsigned lanes) {
+#pragma unroll
+  for (int offset = LANES / 2; offset > 0; offset /= 2) op.add(sums, shuffle_xor(lanes, sums, offset));
+}
+
+// Every lane gets the merged state of its group.
 template <int LANES, typename Op>
 __device__ __forceinline__ void merge_lanes(const Op& op, typename Op::State& state, unsigned lanes) {
   if constexpr (Op::ANCHORED) {
     auto anchor = state.anchor;
 #pragma unroll
-    for (int offset = LANES / 2; offset > 0; offset /= 2)
+    for (int offset = LANES / 2; offset > 0; offset /= 2) {
       anchor = larger_of(anchor, shuffle_xor(lanes, anchor, offset));
+    }
     op.move(state, anchor);
-#pragma unroll
-    for (int offset = LANES / 2; offset > 0; offset /= 2) op.add(state.sums, shuffle_xor(lanes, state.sums, offset));
+    add_lanes<LANES>(op, state.sums, lanes);
   } else {
-#pragma unroll
-    for (int offset = LANES / 2; offset > 0; offset /= 2) op.add(state, shuffle_xor(lanes, state, offset));
+    add_lanes<LANES>(op, state, lanes);
   }
 }
 

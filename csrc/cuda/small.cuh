@@ -33,6 +33,17 @@ __device__ __forceinline__ void fill_tile(A* tile, const E* source, int64_t stri
   }
 }
 
+// Column c of a row in shared memory.
+template <typename Op>
+__device__ __forceinline__ Values<typename Op::A, 1> small_element(const typename Op::A* x, const typename Op::A* v,
+                                                                   const typename Op::A* q, int c) {
+  Values<typename Op::A, 1> values;
+  values.x[0] = x[c];
+  if constexpr (Op::READS_V) values.v[0] = v[c];
+  if constexpr (Op::READS_Q) values.q[0] = q[c];
+  return values;
+}
+
 template <typename Op>
 __device__ __forceinline__ void small_row(const Op& op, int64_t r, int columns, typename Op::A* x,
                                           const typename Op::A* v, const typename Op::A* q) {
@@ -44,24 +55,12 @@ __device__ __forceinline__ void small_row(const Op& op, int64_t r, int columns, 
     op.move(state, anchor);
   }
   if constexpr (Op::REDUCES) {
-    for (int c = 0; c < columns; ++c) {
-      Values<typename Op::A, 1> values;
-      values.x[0] = x[c];
-      if constexpr (Op::READS_V) values.v[0] = v[c];
-      if constexpr (Op::READS_Q) values.q[0] = q[c];
-      op.accumulate(state, scalars, values);
-    }
+    for (int c = 0; c < columns; ++c) op.accumulate(state, scalars, small_element<Op>(x, v, q, c));
     op.finish(r, scalars, state);
   }
   if constexpr (Op::MAPS) {
     const auto coefficients = op.coefficients(scalars, state);
-    for (int c = 0; c < columns; ++c) {
-      Values<typename Op::A, 1> values;
-      values.x[0] = x[c];
-      if constexpr (Op::READS_V) values.v[0] = v[c];
-      if constexpr (Op::READS_Q) values.q[0] = q[c];
-      x[c] = map_element(op, coefficients, c, values);
-    }
+    for (int c = 0; c < columns; ++c) x[c] = map_element(op, coefficients, c, small_element<Op>(x, v, q, c));
   }
 }
 

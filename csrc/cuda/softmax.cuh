@@ -42,7 +42,7 @@ __device__ __forceinline__ A shift_of(A anchor) {
   return LogSumExpState<A>::shift_of(anchor);
 }
 
-// What a sum of exponentials is to be multiplied by when its shift moves. An empty sum stays empty, whatever this is.
+// A sum of exponentials relative to another shift. An empty one stays empty, even where the factor overflows.
 template <typename A>
 __device__ __forceinline__ A moved(A sum, A old_shift, A shift) {
   return sum == A(0) ? sum : sum * softmax_term(old_shift, shift);

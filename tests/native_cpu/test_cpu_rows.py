@@ -23,6 +23,7 @@ from cpu_cases import (
     run_logsumexp,
 )
 from kernel_cases import with_row_stride
+from threads import assert_same_bits_with_any_number_of_threads
 from torch import Tensor
 
 pytestmark = needs_kernels
@@ -80,16 +81,9 @@ def test_results_do_not_depend_on_the_number_of_threads(size: tuple[int, int]) -
         random_rows(size, torch.float32, 1.0),
         random_values(size[0], torch.float32),
     )
-    threads = torch.get_num_threads()
-    runs = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            runs.append((*run_logsumexp(x, v, g), *(r for p in (2.0, 3.0) for r in run_gradient_norm(x, v, g, p, 1.0))))
-    finally:
-        torch.set_num_threads(threads)
-    for other in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+    assert_same_bits_with_any_number_of_threads(
+        lambda: (*run_logsumexp(x, v, g), *(r for p in (2.0, 3.0) for r in run_gradient_norm(x, v, g, p, 1.0)))
+    )
 
 
 def test_capability_is_the_one_requested() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from criteria import assert_accurate
+from threads import assert_same_bits_with_any_number_of_threads
 from torch import Tensor
 
 from rds_fast import reference
@@ -224,19 +225,10 @@ def test_dtypes_without_gradient_are_pytorchs(fused_backend: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_with_any_number_of_threads(dtype: torch.dtype, fused_backend: str) -> None:
     """Of the derivatives: the results, and so what is computed from those of sigmoid and tanh, are PyTorch's."""
-    threads = torch.get_num_threads()
     names = [name for name in SMOOTH if name not in ("sigmoid", "tanh")]
-    try:
-        for name, count in [(name, COUNTS[2]) for name in names] + [("gelu", COUNTS[3])]:
-            x, g, v = (random(count, dtype=dtype, seed=seed) for seed in range(3))
-            runs = []
-            for number in (1, 2, 3):
-                torch.set_num_threads(number)
-                runs.append(orders(ALL[name].ours, x, g, v)[1:])
-            for other in runs[1:]:
-                assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True)), name
-    finally:
-        torch.set_num_threads(threads)
+    for name, count in [(name, COUNTS[2]) for name in names] + [("gelu", COUNTS[3])]:
+        arguments = ALL[name].ours, *(random(count, dtype=dtype, seed=seed) for seed in range(3))
+        assert_same_bits_with_any_number_of_threads(lambda arguments=arguments: orders(*arguments)[1:])
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
+from threads import assert_same_bits_with_any_number_of_threads
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -404,18 +406,9 @@ def test_autocast_on_cuda_is_read_off_torch() -> None:
 
 
 def test_the_same_bits_with_any_number_of_threads(fused_backend: str) -> None:
-    threads = torch.get_num_threads()
-    try:
-        for case in (*CASES[1:4], *CASES[5:8], CASES[10]):
-            tensors = inputs(case, torch.float32)
-            results = []
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                results.append(orders(case.of(ours), *tensors))
-            for others in results[1:]:
-                assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True))
-    finally:
-        torch.set_num_threads(threads)
+    for case in (*CASES[1:4], *CASES[5:8], CASES[10]):
+        tensors = inputs(case, torch.float32)
+        assert_same_bits_with_any_number_of_threads(partial(orders, case.of(ours), *tensors))
 
 
 BAD = {
