@@ -47,13 +47,11 @@ bench: setup
 	@$(BIN)/python bench/objectives.py
 	@$(BIN)/python bench/step.py --without one_graph
 
-# For the GPUs present, and failing rather than going on without the kernels that it is to test. Once those are built,
-# all runs to its end, and what failed is named last.
+# For the GPUs present, and failing rather than going on without the kernels that it is to test.
 gpu: export RDS_FAST_CUDA_ARCHITECTURES =
 gpu: export RDS_FAST_NATIVE = 1
 gpu: export RDS_FAST_CUDA = 1
 gpu:
-	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) tests/gpu/everything.py
 
 lint: $(VENV)/.dependencies

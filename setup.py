@@ -84,7 +84,9 @@ class BuildNative(build_ext):
             f"-DRDS_FAST_CUDA={setting('RDS_FAST_CUDA')}",
             f"-DRDS_FAST_CUDA_ARCHITECTURES={os.environ.get('RDS_FAST_CUDA_ARCHITECTURES', '')}",
         ]
-        for command in (configure, [cmake, "--build", str(BUILD)]):
+        # All that compiles is built, though a file does not: the kernels for the CPU, say, without those for CUDA.
+        build = [cmake, "--build", str(BUILD), "--", "-k", *(["0"] if generator_name == "Ninja" else [])]
+        for command in (configure, build):
             if subprocess.run(command).returncode != 0:
                 raise SystemExit("rds_fast: the native build failed; RDS_FAST_NATIVE=0 installs without it")
 

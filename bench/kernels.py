@@ -7,7 +7,8 @@
 Each operation runs through its public function and autograd, PyTorch's own and ours alike. The bytes are those that
 the mathematics needs (``BYTES``), not those that an implementation moves, so that a share of the copy's rate of 1 is
 the floor. The copy reads and writes half of the bytes each. ``exp`` is ``torch.exp`` into a given output over as many
-elements: where it is slower than the copy, it bounds the forward.
+elements: where it is slower than the copy, it bounds the forward. On a GPU the rates are of the kernels alone, and the
+host's time to launch them is a record of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import rds_fast
-from bench.measure import Results, device_name, interleaved_seconds, keep_freed_memory
+from bench.measure import Results, device_name, host_seconds, interleaved_seconds, keep_freed_memory
 
 MODES = ("forward", "backward", "double_backward")
 
@@ -133,7 +134,7 @@ def run_case(
         candidates["exp"] = lambda: torch.exp(x, out=out)
     for provider in providers:
         candidates[provider] = provider_passes(provider, operation, x)[mode]
-    times = interleaved_seconds(candidates, device, rounds)
+    times = interleaved_seconds(candidates, device, rounds, without_host=True)
     results = Results("kernels", device)
     summary = []
     for name, seconds in times.items():
@@ -148,6 +149,8 @@ def run_case(
         }
         results.append(rate, metric="bandwidth", unit="GB/s", **record)
         results.append(share, metric="share_of_copy", unit="1", **record)
+        if device.type == "cuda":
+            results.append(host_seconds(candidates[name], device), metric="host_time", unit="s", **record)
         summary.append((name, float(torch.tensor(rate).median()), float(torch.tensor(share).median())))
     return summary
 

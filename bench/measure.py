@@ -88,13 +88,26 @@ def _seconds_cpu(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _seconds_cuda(function: Callable[[], object]) -> float:
+def _seconds_cuda(function: Callable[[], object], occupied: float = 0.0) -> float:
+    """Seconds between two events around a call; the GPU has ``occupied`` seconds of other work when the first is given.
+
+    Without it the GPU is idle at the first event, and waits for the host between that and each launch.
+    """
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if occupied:
+        torch.cuda._sleep(int(occupied * CLOCK))
     start.record()
     function()
     end.record()
+    waited = occupied and start.query()
     end.synchronize()
+    if waited:  # the work ran out before the host had given all of its own
+        return _seconds_cuda(function, 2 * occupied)
     return start.elapsed_time(end) * 1e-3
+
+
+# Cycles a second, at least as many as a GPU's processors have: what is to occupy it may last longer, not less.
+CLOCK = 2.1e9
 
 
 def host_seconds(function: Callable[[], object], device: torch.device, rounds: int = 5) -> numpy.ndarray:
@@ -130,21 +143,35 @@ def captured(function: Callable[[], object], device: torch.device, warm_up: int 
 
 
 def interleaved_seconds(
-    functions: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, warm_up: int = 3
+    functions: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    warm_up: int = 3,
+    *,
+    without_host: bool = False,
 ) -> dict[str, numpy.ndarray]:
-    """Seconds of each function in each round, (rounds,) a function; the order within a round rotates."""
-    seconds = _seconds_cuda if device.type == "cuda" else _seconds_cpu
+    """Seconds of each function in each round, (rounds,) a function; the order within a round rotates.
+
+    On a GPU a function's time runs from an idle device to the end of its work, the host's time included where the
+    device waits for it; with ``without_host`` the device is kept busy until the host has given it the whole work.
+    """
     names = list(functions)
     for name in names:
         for _ in range(warm_up):
             functions[name]()
+    occupied = dict.fromkeys(names, 0.0)
+    if device.type == "cuda" and without_host:
+        occupied = {name: 2 * float(host_seconds(functions[name], device).max()) + 5e-5 for name in names}
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     times = {name: numpy.empty(rounds) for name in names}
     for round_number in range(rounds):
         shift = round_number % len(names)
         for name in names[shift:] + names[:shift]:
-            times[name][round_number] = seconds(functions[name])
+            if device.type == "cuda":
+                times[name][round_number] = _seconds_cuda(functions[name], occupied[name])
+            else:
+                times[name][round_number] = _seconds_cpu(functions[name])
     return times
 
 

@@ -204,6 +204,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     parser.add_argument("--optimizer", action="store_true", help="SGD's step is part of the step")
     parser.add_argument("--cuda-graph", action="store_true", help="capture each step and replay it; on a GPU only")
+    parser.add_argument(
+        "--no-cudnn-benchmark", action="store_true", help="cuDNN's heuristics choose algorithms, not its search"
+    )
     parser.add_argument("--keep-freed-memory", action="store_true", help="glibc keeps freed pages, as in kernels.py")
     parser.add_argument("--profile", metavar="PROVIDER", choices=PROVIDERS, help="list this one's kernels instead")
     parser.add_argument("--rows", type=int, default=30, help="of the profile")
@@ -223,7 +226,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     if arguments.keep_freed_memory:
         keep_freed_memory()
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not arguments.no_cudnn_benchmark
     own = Case(
         arguments.model,
         arguments.image_size,

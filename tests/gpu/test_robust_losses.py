@@ -77,7 +77,8 @@ def test_ig_sum_norm_at_one_point_against_float64(monkeypatch: pytest.MonkeyPatc
     assert error < 1e-4
 
 
-def test_generators_of_the_device() -> None:
+def test_generators_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # the same moves give the same bits
     model, (x, y) = network().eval(), batch()
     generators = [torch.Generator(DEVICE).manual_seed(seed) for seed in (3, 3, 4)]
     losses = [AdversarialLoss(0.1, steps=1, step_size=0.01, generator=generator) for generator in generators]
