@@ -17,10 +17,11 @@ from .lists import decode
 from .sources import Source, few
 
 # What desktops, file servers and Python leave in folders, beside what begins with a dot; in small letters.
-_OF_TOOLS = frozenset(
-    ("__macosx", "__pycache__", "@eadir", "@__thumb", "@recycle", "#recycle", "#snapshot", "$recycle.bin")
-) | {"lost+found", "system volume information", "thumbs.db", "desktop.ini"}
-# Formats that Pillow knows and does not decode itself: it asks for another program, or for a plugin that nobody has.
+_OF_TOOLS = (
+    *("__macosx", "__pycache__", "@eadir", "@__thumb", "@recycle", "#recycle", "#snapshot", "$recycle.bin"),
+    *("lost+found", "system volume information", "thumbs.db", "desktop.ini"),
+)
+# Formats that Pillow knows and does not decode by itself, but by another program or a plugin.
 _NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 
 
@@ -33,9 +34,12 @@ def endings() -> frozenset[str]:
     return frozenset(ending for ending, name in known if name in pillow.OPEN and name not in _NOT_DECODED)
 
 
-def folders(folder: Path) -> list[Path]:
-    """The folders in a folder, by name; links to folders too, and none that a tool made."""
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _is_of_tools(entry.name))
+def folders(folder: Path, passed_over: Counter[str] | None = None) -> list[Path]:
+    """The folders in a folder, by name, but for those that tools made; ``passed_over`` counts the files beside them."""
+    entries = [entry for entry in folder.iterdir() if not _is_of_tools(entry.name)]
+    if passed_over is not None:
+        passed_over.update(_ending(entry.name) for entry in entries if not entry.is_dir())
+    return sorted(entry for entry in entries if entry.is_dir())
 
 
 def child(folder: Path, *names: str) -> Path | None:
@@ -58,20 +62,16 @@ def first_of(folder: Path, names: Sequence[str]) -> Path:
     return next((path for path in paths if path.exists()), paths[0])
 
 
-class Pictures:
-    """Files, which can be found by the ends of their paths.
+class Files:
+    """Paths, which can be found by their ends."""
 
-    Attributes:
-        paths: of all.
-    """
-
-    def __init__(self, paths: Iterable[str]) -> None:
-        self.paths = list(paths)
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._paths = paths
         self._by_end = functools.cache(self._indexed)
 
     def _indexed(self, length: int, loosely: bool) -> dict[tuple[str, ...], list[str]]:
         ends: dict[tuple[str, ...], list[str]] = {}
-        for path in self.paths:
+        for path in self._paths:
             ends.setdefault(_end(_parts(path)[-length:], loosely), []).append(path)
         return ends
 
@@ -81,28 +81,27 @@ class Pictures:
         return self._by_end(len(parts), loosely).get(_end(parts, loosely), [])
 
 
-def pictures(folder: Path | str, passed_over: Counter[str] | None = None) -> Pictures:
-    """The pictures in a folder and those in it, by folder and name, which is torchvision's order.
+def files(folder: Path) -> list[str]:
+    """The files in a folder and those in it, but for those that tools made, in the order of torchvision's."""
+    return [os.path.join(*place) for place in sorted(_files(os.fspath(folder)))]
 
-    ``passed_over`` counts the endings of the other files, but for those that tools made.
-    """
+
+def pictures(paths: Iterable[str], passed_over: Counter[str] | None = None) -> list[str]:
+    """The pictures among files; ``passed_over`` counts the others by ending."""
     known, found = endings(), []
-    for parent, name in sorted(_files(os.fspath(folder))):
-        ending = os.path.splitext(name)[1].lower()
-        if ending in known:
-            found.append(os.path.join(parent, name))
+    for path in paths:
+        if (ending := _ending(path)) in known:
+            found.append(path)
         elif passed_over is not None:
             passed_over[ending] += 1
-    return Pictures(found)
+    return found
 
 
 def say_passed_over(source: Source, passed_over: Counter[str]) -> None:
     """Where files were passed over, one line on standard error that counts them by ending."""
     if passed_over:
-        print(
-            f"{source.name}: passed over {counted(passed_over)}, which are no pictures that Pillow reads",
-            file=sys.stderr,
-        )
+        why = "files that Pillow reads as no pictures, or in no class's folder"
+        print(f"{source.name}: passed over {counted(passed_over)} ({why})", file=sys.stderr)
 
 
 def counted(passed_over: Counter[str]) -> str:
@@ -113,10 +112,10 @@ def counted(passed_over: Counter[str]) -> str:
 def listed(
     source: Source, table: Path, names: Sequence[str], folder: Path, root: Path, *, complete: bool = True
 ) -> list[str]:
-    """The picture below a folder that each name in a list means.
+    """The file below a folder that each name in a list means.
 
     A name may leave out the first folders of its file's path. It may differ from it in the suffix or in capitals where
-    that leaves one file that no other name means.
+    that leaves one picture that no other name means.
 
     Args:
         source, table, root: for the messages: the data set, the list, and the data root.
@@ -124,17 +123,17 @@ def listed(
             not, some of its lines were lost. Files that are called otherwise are left alone.
 
     Raises:
-        FileNotFoundError: a picture is not there.
+        FileNotFoundError: a file is not there.
         ValueError: several files end in a name, or the list is not complete.
     """
-    found = pictures(folder)
+    found = files(folder)
     means: dict[str, str] = {}
-    for loosely in (False, True):
+    for loosely, known in ((False, Files(found)), (True, Files(pictures(found)))):
         taken = set(means.values())
         for name in names:
             if name in means:
                 continue
-            there = [path for path in found.ending_in(name, loosely) if not (loosely and path in taken)]
+            there = [path for path in known.ending_in(name, loosely) if not (loosely and path in taken)]
             exact = os.path.join(folder, name)
             if len(there) > 1 and exact not in there:
                 raise source.damaged(table, f"names {name}, and {few(there)} end so", "names that tell the files apart")
@@ -145,7 +144,7 @@ def listed(
     if absent or not names:
         raise source.missing([folder / name for name in absent] or [folder], root)
     taken, shapes = set(means.values()), set(map(_shape, means.values()))
-    unlisted = [path for path in found.paths if path not in taken and _shape(path) in shapes]
+    unlisted = [path for path in found if path not in taken and _shape(path) in shapes]
     if complete and unlisted:
         raise source.damaged(table, f"does not name {few(unlisted)}", f"a line for each image in {folder}")
     return [means[name] for name in names]
@@ -173,6 +172,10 @@ def _files(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iter
 
 def _is_of_tools(name: str) -> bool:
     return name.startswith(".") or name.casefold() in _OF_TOOLS
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 def _parts(path: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..extras import require_torchvision
-from .files import base, child, first_of, listed, pictures
+from .files import base, child, files, first_of, listed, pictures
 from .image_files import ImageFiles, image_files, stretched
 from .images import Splits
 from .lists import read_table
@@ -23,6 +23,7 @@ SIZE = 32
 # Where torchvision, the authors' archive of all training images and Kaggle's have them.
 _TRAINING = ("GTSRB/Training", "GTSRB/Final_Training/Images", "Train")
 _TEST, _TEST_LABELS = ("GTSRB/Final_Test/Images", "Test"), ("GT-final_test.csv", "Test.csv")
+_KAGGLE_LABELS = "Train.csv"  # of all training images; the authors' are in the folder of each class
 SOURCE = Source(
     "gtsrb",
     f"the folder gtsrb, with {_TRAINING[0]}/00000 …, {_TEST[0]} and {_TEST_LABELS[0]} (or Kaggle's Train and Test)",
@@ -72,34 +73,42 @@ def _fetch(root: Path) -> None:
         datasets.GTSRB(root, part, download=True)
 
 
-def _image_files(files: list[tuple[str, int]], workers: int | None) -> ImageFiles:
-    paths, targets = [path for path, _ in files], [label for _, label in files]
+def _image_files(samples: list[tuple[str, int]], workers: int | None) -> ImageFiles:
+    paths, targets = [path for path, _ in samples], [label for _, label in samples]
     return image_files(paths, targets, CLASS_NAMES, SIZE, stretched(SIZE), workers)
 
 
 def _training(folder: Path, root: Path) -> list[tuple[str, int]]:
-    """The images of each class's folder; its GT-*.csv, where it is, names them and must say that they are of it."""
-    files: list[tuple[str, int]] = []
+    """The images of each class's folder, of which the lists, where they are, must name each and say the same."""
+    found: list[tuple[str, int]] = []
     for label in range(len(CLASS_NAMES)):
         images = child(folder, f"{label:05d}", str(label)) or folder / f"{label:05d}"
-        found = pictures(images).paths if images.is_dir() else []
-        if not found:
+        of_class = [(path, label) for path in pictures(files(images) if images.is_dir() else ())]
+        if not of_class:
             raise SOURCE.missing([images / "*.ppm"], root)
-        labels = images / f"GT-{label:05d}.csv"
-        named = sorted(_listed(labels, images, root)) if labels.exists() else [(path, label) for path in found]
-        for path, of_class in named:
-            if of_class != label:
-                raise SOURCE.damaged(
-                    labels, f"says that {Path(path).name} is of class {of_class}", f"{label}, as its folder says"
-                )
-        files += named
-    return files
+        found += _checked(of_class, images / f"GT-{label:05d}.csv", images, root)
+    return _checked(found, folder.parent / _KAGGLE_LABELS, folder, root)
+
+
+def _checked(found: list[tuple[str, int]], labels: Path, images: Path, root: Path) -> list[tuple[str, int]]:
+    """Those of some images that a list names, which has to say the class of their folder; without a list, all."""
+    if not labels.exists():
+        return found
+    named, by_folder = dict(_listed(labels, images, root)), dict(found)
+    for path, label in named.items():
+        if label != by_folder.get(path):
+            raise SOURCE.damaged(
+                labels,
+                f"says that {Path(path).name} is of class {label}",
+                f"{by_folder.get(path, 'none')}, as its folder says",
+            )
+    return [(path, label) for path, label in found if path in named]
 
 
 def _listed(labels: Path, images: Path, root: Path) -> list[tuple[str, int]]:
     """The images that a list names, and their classes. The authors' name files, Kaggle's files in their folder."""
     damaged = functools.partial(SOURCE.damaged, labels)
-    column = "Path" if labels.name == _TEST_LABELS[1] else "Filename"
+    column = "Path" if labels.name in (_TEST_LABELS[1], _KAGGLE_LABELS) else "Filename"
     rows = read_table(labels, (column, "ClassId"), damaged)
     for number, row in rows:
         if not row["ClassId"].isdecimal():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .files import child, counted, folders, pictures, say_passed_over
+from .files import child, counted, files, folders, pictures, say_passed_over
 from .image_files import ImageFiles, image_files, middle_crop
 from .images import Splits
 from .sources import Request, Source, few
@@ -52,11 +52,11 @@ def load(request: Request) -> Splits:
 
 def _listed(folder: Path, request: Request, passed_over: Counter[str]) -> ImageFiles:
     """The pictures of each class; ``passed_over`` counts the other files."""
-    classes = folders(folder)
+    classes = folders(folder, passed_over)
     if not classes:
         raise FileNotFoundError(f"{folder} holds no folders; expected one for each class, with its images in it")
     others: Counter[str] = Counter()
-    paths = [pictures(each, others).paths for each in classes]
+    paths = [pictures(files(each), others) for each in classes]
     empty = [each.name for each, of_class in zip(classes, paths, strict=True) if not of_class]
     if empty:
         raise FileNotFoundError(

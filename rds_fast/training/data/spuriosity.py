@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import Pictures
+from .files import Files
 from .image_files import ImageFiles
 from .images import Split
 from .lists import read_table, read_text
@@ -99,7 +99,7 @@ def _damaged(path: Path, found: str, expected: str) -> ValueError:
 def _by_file(path: Path, names: Iterable[str], split: ImageFiles) -> dict[str, int]:
     """The index of the sample that each name means; names of other files are left out."""
     paths = [os.fsdecode(file) for file in split.paths.tolist()]
-    index, files = {file: number for number, file in enumerate(paths)}, Pictures(paths)
+    index, files = {file: number for number, file in enumerate(paths)}, Files(paths)
     positions: dict[str, int] = {}
     for name in names:
         samples = files.ending_in(name)

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from ..extras import require_torchvision
-from .files import base, folders, listed, pictures
+from .files import base, files, folders, listed, pictures
 from .image_files import ImageFiles, image_files
 from .images import Splits
 from .lists import read_lines
-from .sources import Request, Source, held_out
+from .sources import Request, Source, few, held_out
 
 _FOLDER = "tiny-imagenet-200"
 SIZE = 64
@@ -47,8 +47,8 @@ def load(request: Request) -> Splits:
     return Splits(*(files.in_memory() for files in (train.select(training), train.select(validation), test)))
 
 
-def _images(files: list[tuple[str, int]], names: tuple[str, ...], workers: int | None) -> ImageFiles:
-    paths, targets = [path for path, _ in files], [label for _, label in files]
+def _images(samples: list[tuple[str, int]], names: tuple[str, ...], workers: int | None) -> ImageFiles:
+    paths, targets = [path for path, _ in samples], [label for _, label in samples]
     return image_files(paths, targets, names, SIZE, _as_it_is, workers)
 
 
@@ -62,16 +62,16 @@ def _as_it_is(image: Any) -> Tensor:
 
 def _training_files(folder: Path, wnids: list[str], root: Path) -> list[tuple[str, int]]:
     """The images of each class; WNID_boxes.txt, where it is, lists them, so that one that is missing is noticed."""
-    files: list[tuple[str, int]] = []
+    training: list[tuple[str, int]] = []
     for label, wnid in enumerate(wnids):
         images, boxes = folder / "train" / wnid, folder / "train" / wnid / f"{wnid}_boxes.txt"
-        found = pictures(images).paths
+        found = pictures(files(images))
         if boxes.exists():
             listed(SOURCE, boxes, [line.split("\t")[0] for _, line in read_lines(boxes)], images, root)
         elif not found:
             raise SOURCE.missing([images / "images" / f"{wnid}_0.JPEG"], root)
-        files += [(path, label) for path in found]
-    return files
+        training += [(path, label) for path in found]
+    return training
 
 
 def _validation_files(folder: Path, wnids: list[str], root: Path) -> list[tuple[str, int]]:
@@ -81,19 +81,25 @@ def _validation_files(folder: Path, wnids: list[str], root: Path) -> list[tuple[
     Without it they come in the order of their numbers, as in the list.
     """
     images, label_of = folder / "val", {wnid: label for label, wnid in enumerate(wnids)}
-    sorted_into = {
-        path: label_of[each.name] for each in folders(images) if each.name in label_of for path in pictures(each).paths
-    }
+    in_folders = {path: each.name for each in folders(images) for path in pictures(files(each))}
+    sorted_into = {path: label_of[name] for path, name in in_folders.items() if name in label_of}
     annotations = images / "val_annotations.txt"
     if annotations.exists():
         labels = _annotated(annotations, label_of)
-        files = dict(zip(listed(SOURCE, annotations, list(labels), images, root), labels.values(), strict=True))
+        validation = dict(zip(listed(SOURCE, annotations, list(labels), images, root), labels.values(), strict=True))
         for path, label in sorted_into.items():
-            if files.get(path, label) != label:
-                raise SOURCE.damaged(annotations, f"gives {path} to {wnids[files[path]]}", "the class of its folder")
-        return list(files.items())
-    if not sorted_into:
-        raise SOURCE.missing([annotations], root)
+            if validation.get(path, label) != label:
+                raise SOURCE.damaged(
+                    annotations, f"gives {path} to {wnids[validation[path]]}", "the class of its folder"
+                )
+        return list(validation.items())
+    unknown = sorted({*in_folders.values()} - {*label_of})
+    if unknown or not sorted_into:
+        raise (
+            SOURCE.missing([annotations], root)
+            if unknown in ([], ["images"])
+            else SOURCE.damaged(images, f"holds {few(unknown)}", "folders of the classes that train/ has")
+        )
     return sorted(sorted_into.items(), key=lambda file: (len(Path(file[0]).stem), Path(file[0]).stem))
 
 
@@ -101,7 +107,8 @@ def _annotated(annotations: Path, label_of: dict[str, int]) -> dict[str, int]:
     """The class of each image: a line holds a file name, a WNID and a box, with tabs between."""
     labels: dict[str, int] = {}
     for number, line in read_lines(annotations):
-        name, wnid, *box = (*line.split("\t"), "") if "\t" not in line else line.split("\t")
+        name, _, rest = line.partition("\t")
+        wnid, *box = rest.split("\t")
         if wnid not in label_of or len(box) != 4:
             raise SOURCE.damaged(
                 annotations,
