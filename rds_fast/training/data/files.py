@@ -106,7 +106,8 @@ def say_passed_over(source: Source, passed_over: Counter[str]) -> None:
 
 def counted(passed_over: Counter[str]) -> str:
     """How many files there are of which endings, the most first."""
-    return ", ".join(f"{count} {ending or 'without ending'}" for ending, count in passed_over.most_common())
+    ordered = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {ending or 'without ending'}" for ending, count in ordered)
 
 
 def listed(

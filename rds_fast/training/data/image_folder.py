@@ -55,15 +55,17 @@ def _listed(folder: Path, request: Request, passed_over: Counter[str]) -> ImageF
     classes = folders(folder, passed_over)
     if not classes:
         raise FileNotFoundError(f"{folder} holds no folders; expected one for each class, with its images in it")
-    others: Counter[str] = Counter()
-    paths = [pictures(files(each), others) for each in classes]
-    empty = [each.name for each, of_class in zip(classes, paths, strict=True) if not of_class]
+    others: list[Counter[str]] = [Counter() for _ in classes]
+    paths = [pictures(files(each), beside) for each, beside in zip(classes, others, strict=True)]
+    empty = [label for label, of_class in enumerate(paths) if not of_class]
     if empty:
+        there = sum((others[label] for label in empty), Counter[str]())
         raise FileNotFoundError(
-            f"{folder} holds no images of {few(empty)}; expected files ending in .jpg, .jpeg, .png or as others do "
-            "that Pillow reads" + (f", and there are {counted(others)}" if others else "")
+            f"{folder} holds no images of {few([classes[label].name for label in empty])}; expected files ending in "
+            ".jpg, .jpeg, .png or as others do that Pillow reads"
+            + (f", and there are {counted(there)}" if there else "")
         )
-    passed_over.update(others)
+    passed_over.update(sum(others, Counter[str]()))
     size = request.image_size
     return image_files(
         [path for of_class in paths for path in of_class],
