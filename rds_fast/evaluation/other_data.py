@@ -53,7 +53,7 @@ def load_like(source: str, reference: data.Split, batch_size: int, seed: int) ->
     if name in NOISE:
         images = _noise(name, reference, shape, batch_size, torch.Generator().manual_seed(seed))
         return data.Images(images, torch.zeros(len(images), dtype=torch.long), None).to(device)
-    splits = data.load(name, folder, image_size=max(shape[1:]))
+    splits = data.load(name, folder, image_size=max(shape[1:]), labelled=False)
     other = splits.test if len(splits.test) else splits.validation
     if len(other) == 0:
         raise ValueError(f"{source} has neither test nor validation samples; give another data set in ood_data")

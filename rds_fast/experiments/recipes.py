@@ -29,6 +29,7 @@ from ..evaluation.metrics import FIGURES
 from ..evaluation.settings import FIELDS as EVALUATION_FIELDS
 from ..evaluation.settings import EvaluationSettings
 from ..training.config import FIELDS, TrainingConfig
+from ..training.data.lists import read_text
 from ..training.names import check_name
 
 _FOLDER = ("training", "recipes")
@@ -135,7 +136,7 @@ def load(name: str) -> Recipe:
     path = Path(name)
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe {path}; give a TOML file, or one of {', '.join(names())}")
-    return parse(path.stem, path.read_text(encoding="utf-8"))
+    return parse(path.stem, read_text(path))
 
 
 def text(name: str) -> str:

@@ -154,18 +154,18 @@ def test_missing(name: str, change: Change, message: str, tmp_path: Path, monkey
         (
             "gtsrb",
             cut_last_line(f"{SIGNS}/GT-00007.csv"),
-            r"GT-00007\.csv names 17 images; expected each of the 18 images in .*00007\.",
+            r"GT-00007\.csv does not name .*00005_00002\.ppm; expected a line for each image in .*00007\.",
         ),
         (
             "gtsrb",
             truncate("gtsrb/GT-final_test.csv", 0.97),
-            r"GT-final_test\.csv cannot be read \(.*\); expected the col",
+            r"GT-final_test\.csv holds 7 values in line 4; expected 8, as its first line names",
         ),
         ("tiny-imagenet", truncate(f"{TINY}/val/images/val_1.JPEG"), r"val_1\.JPEG cannot be read as an image"),
         (
             "tiny-imagenet",
             cut_last_line(f"{TINY}/val/val_annotations.txt"),
-            r"val_annotations\.txt does not name val_3\.JPEG; expected a line for each image in .*images\.",
+            r"val_annotations\.txt does not name .*val_3\.JPEG; expected a line for each image in .*val\.",
         ),
         (
             "tiny-imagenet",
@@ -191,12 +191,12 @@ def test_missing(name: str, change: Change, message: str, tmp_path: Path, monkey
         (
             "waterbirds",
             cut_after(f"{BIRDS}/metadata.csv", "Bird_11.jpg,1"),
-            r"metadata\.csv holds split None in line 13; expected one of 0, 1, 2",
+            r"metadata\.csv holds 3 values in line 13; expected 6, as its first line names",
         ),
         (
             "waterbirds",
             cut_last_line(f"{BIRDS}/metadata.csv"),
-            r"metadata\.csv does not name .*Bird_11\.jpg; expected a row for each image",
+            r"metadata\.csv does not name .*Bird_11\.jpg; expected a line for each image",
         ),
         ("waterbirds", truncate(f"{BIRDS}/000.Bird/Bird_0.jpg"), r"Bird_0\.jpg cannot be read as an image"),
     ],
@@ -250,7 +250,7 @@ def test_truncated(name: str, change: Change, message: str, tmp_path: Path, monk
         (
             "gtsrb",
             replace("gtsrb/GT-final_test.csv", ";42", ";stop"),
-            r"GT-final_test\.csv cannot be read \(ValueError",
+            r"GT-final_test\.csv holds ClassId 'stop' in line 4; expected the number of a class",
         ),
         (
             "tiny-imagenet",

@@ -16,7 +16,7 @@ from .augmentation import AUGMENTATIONS, NO_AUGMENTATION, Augmentation, named_au
 from .image_files import ImageFiles, image_files
 from .images import BLOCK, Batch, Images, Split, Splits, in_unit_interval
 from .randomness import epoch_order
-from .sources import Request, Source
+from .sources import Request, Source, few
 from .spuriosity import read_spuriosity
 
 __all__ = [
@@ -112,6 +112,7 @@ def load(
     train_size: int = 4096,
     workers: int | None = None,
     download: bool = False,
+    labelled: bool = True,
 ) -> Splits:
     """A data set by its name.
 
@@ -126,10 +127,11 @@ def load(
         classes, train_size: of synthetic images.
         workers: processes that decode images from files; None: one for each core; 0: this one.
         download: fetch what is missing into the root, where torchvision can.
+        labelled: whether the labels are of use; where they are not, the data may be of one class.
 
     Raises:
-        ValueError: the name is unknown, the root is needed and not given, a file is not what it should be, or the data
-            cannot be downloaded.
+        ValueError: the name is unknown, the root is needed and not given, a file is not what it should be, the data
+            cannot be downloaded, or they are of one class.
         FileNotFoundError: a file or folder is missing; the message says what is needed, where it goes, and where to
             get it.
         OSError: the download failed.
@@ -138,4 +140,12 @@ def load(
     check_name("data", name, NAMES)
     check_root(name, root)
     folder = None if root is None else Path(root)
-    return DATA_SETS[name].load(Request(name, folder, seed, image_size, classes, train_size, workers, download))
+    splits = DATA_SETS[name].load(Request(name, folder, seed, image_size, classes, train_size, workers, download))
+    if labelled and splits.train.classes < 2:
+        source = DATA_SETS[name].source
+        remedy = "classes of 2 or more" if source is None else f"a data root that holds {source.holds}, of two or more"
+        raise ValueError(
+            f"data is {name!r} and has one class, {few(list(splits.train.class_names or '0'))}; a classifier tells two "
+            f"or more apart, and of one every answer is right: give {remedy}"
+        )
+    return splits

@@ -3,35 +3,37 @@
 The classes are the attributes Black_Hair, Blond_Hair, Brown_Hair and Gray_Hair. Images with none of the four (bald, a
 hat, another colour) and with several are left out: their label would be none or a choice of ours. The groups are those
 of the attribute Male. torchvision downloads the files; the reader is our own because torchvision's asks for three more
-files, which are of no use here.
+files, which are of no use here, and reads neither the authors' own folders nor Kaggle's lists.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 
 from ..extras import require_torchvision
+from .files import base, first_of, listed
 from .image_files import ImageFiles, image_files, stretched
 from .images import Splits
+from .lists import Row, read_lines, read_table
 from .sources import Request, Source, obtain
 
-_FOLDER, _ATTRIBUTES, _PARTITION, _IMAGES = (
-    "celeba",
-    "list_attr_celeba.txt",
-    "list_eval_partition.txt",
-    "img_align_celeba",
-)
+_FOLDER = "celeba"
+# Where torchvision, the authors' archive and Kaggle's have the lists and the images.
+_ATTRIBUTES = ("list_attr_celeba.txt", "Anno/list_attr_celeba.txt", "list_attr_celeba.csv")
+_PARTITION = ("list_eval_partition.txt", "Eval/list_eval_partition.txt", "list_eval_partition.csv")
+_IMAGES = ("img_align_celeba", "Img/img_align_celeba", "Img/img_align_celeba_png")
 SOURCE = Source(
     "celeba-hair",
-    f"the folder {_FOLDER}, with {_ATTRIBUTES}, {_PARTITION} and {_IMAGES}/",
+    f"the folder {_FOLDER}, with {_ATTRIBUTES[0]}, {_PARTITION[0]} (or Kaggle's .csv) and {_IMAGES[0]}/",
     "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
     downloads=True,
 )
 HAIR = {"Black_Hair": "black", "Blond_Hair": "blond", "Brown_Hair": "brown", "Gray_Hair": "grey"}
+_NEEDED = (*HAIR, "Male")
 _GROUPS = ("female", "male")
 _WIDTH = 178  # of the aligned images, which are 218 high
+_IMAGE = "image_id"  # the column of Kaggle's lists that names the images
 
 
 def load(request: Request) -> Splits:
@@ -45,27 +47,28 @@ def load(request: Request) -> Splits:
     """
     datasets = require_torchvision("torchvision.datasets", "CelebA")
     root = request.folder(SOURCE, nested=_FOLDER)
-    folder = root / _FOLDER
-    needed: dict[Path, str | None] = {folder / name: None for name in (_ATTRIBUTES, _PARTITION, _IMAGES)}
-    obtain(request, SOURCE, root, needed, functools.partial(datasets.CelebA, root, download=True))
-    attributes, parts = _attributes(folder / _ATTRIBUTES), _partition(folder / _PARTITION)
-    if attributes.keys() != parts.keys():
-        name = min(attributes.keys() ^ parts.keys())
-        path, other = (_ATTRIBUTES, _PARTITION) if name in parts else (_PARTITION, _ATTRIBUTES)
-        raise SOURCE.damaged(folder / path, f"does not name {name}", f"the images that {other} names")
-    coloured = {name: sample for name, sample in attributes.items() if sample is not None}
-    _check_images(folder / _IMAGES, coloured, root)
+    folder = base(root, _FOLDER, *_ATTRIBUTES)
+    needed = [first_of(folder, names) for names in (_ATTRIBUTES, _PARTITION, _IMAGES)]
+    obtain(request, SOURCE, root, dict.fromkeys(needed), functools.partial(datasets.CelebA, root, download=True))
+    attributes, partition, images = needed
+    looks, parts = _looks(attributes), _parts(partition)
+    if looks.keys() != parts.keys():
+        name = min(looks.keys() ^ parts.keys())
+        path, other = (attributes, partition) if name in parts else (partition, attributes)
+        raise SOURCE.damaged(path, f"does not name {name}", f"the images that {other.name} names")
+    coloured = {name: sample for name, sample in looks.items() if sample is not None}
+    paths = dict(zip(coloured, listed(SOURCE, attributes, list(coloured), images, root, complete=False), strict=True))
     return Splits(
         *(
-            _split(folder / _IMAGES, {name: coloured[name] for name in coloured if parts[name] == part}, request)
-            for part in range(3)
+            _split({paths[name]: coloured[name] for name in coloured if parts[name] == part}, request)
+            for part in ("0", "1", "2")
         )
     )
 
 
-def _split(folder: Path, samples: dict[str, tuple[int, int]], request: Request) -> ImageFiles:
+def _split(samples: dict[str, tuple[int, int]], request: Request) -> ImageFiles:
     return image_files(
-        [folder / name for name in samples],
+        list(samples),
         [label for label, _ in samples.values()],
         tuple(HAIR.values()),
         request.image_size,
@@ -76,41 +79,48 @@ def _split(folder: Path, samples: dict[str, tuple[int, int]], request: Request) 
     )
 
 
-def _attributes(path: Path) -> dict[str, tuple[int, int] | None]:
+def _looks(path: Path) -> dict[str, tuple[int, int] | None]:
     """Hair colour and gender of each image, None where there is no single colour."""
-    lines = path.read_text().splitlines()
-    names = lines[1].split() if len(lines) > 1 else []
-    absent = [name for name in (*HAIR, "Male") if name not in names]
-    if absent or not lines[0].strip().isdecimal():
-        raise SOURCE.damaged(
-            path, f"lacks {', '.join(absent) or 'the number of images'}", "a count and 40 names above all"
-        )
-    if len(lines) - 2 != int(lines[0]):
-        raise SOURCE.damaged(path, f"holds {len(lines) - 2} images", f"{int(lines[0])}, as its first line says")
-    columns, male = [names.index(name) for name in HAIR], names.index("Male")
+    damaged = functools.partial(SOURCE.damaged, path)
+    rows = read_table(path, (_IMAGE, *_NEEDED), damaged) if path.suffix == ".csv" else _rows_of_text(path)
     found: dict[str, tuple[int, int] | None] = {}
-    for number, line in enumerate(lines[2:], 3):
-        image, *values = line.split() or [""]
-        if len(values) != len(names) or not {"1", "-1"}.issuperset(values):
-            raise SOURCE.damaged(path, f"holds {line!r} in line {number}", f"a file and {len(names)} times 1 or -1")
-        colours = [label for label, column in enumerate(columns) if values[column] == "1"]
-        found[image] = (colours[0], int(values[male] == "1")) if len(colours) == 1 else None
+    for number, row in rows:
+        for name in _NEEDED:
+            if row[name] not in ("1", "-1"):
+                raise damaged(f"holds {name} {row[name]!r} in line {number}", "1 or -1")
+        colours = [label for label, name in enumerate(HAIR) if row[name] == "1"]
+        found[row[_IMAGE]] = (colours[0], int(row["Male"] == "1")) if len(colours) == 1 else None
     return found
 
 
-def _partition(path: Path) -> dict[str, int]:
+def _rows_of_text(path: Path) -> list[Row]:
+    """The rows of the authors' list: their number, the names of the attributes, and a line for each image."""
+    lines = read_lines(path)
+    names = lines[1][1].split() if len(lines) > 1 else []
+    absent = [name for name in _NEEDED if name not in names]
+    if absent or not lines[0][1].isdecimal():
+        raise SOURCE.damaged(
+            path, f"lacks {', '.join(absent) or 'the number of images'}", "a count and 40 names above all"
+        )
+    if len(lines) - 2 != int(lines[0][1]):
+        raise SOURCE.damaged(path, f"holds {len(lines) - 2} images", f"{int(lines[0][1])}, as its first line says")
+    rows = []
+    for number, line in lines[2:]:
+        image, *values = line.split()
+        if len(values) != len(names) or not {"1", "-1"}.issuperset(values):
+            raise SOURCE.damaged(path, f"holds {line!r} in line {number}", f"a file and {len(names)} times 1 or -1")
+        rows.append(Row(number, {_IMAGE: image, **dict(zip(names, values, strict=True))}))
+    return rows
+
+
+def _parts(path: Path) -> dict[str, str]:
     """The split of each image: 0 is training, 1 validation, 2 test."""
-    parts: dict[str, int] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        image, part = (*line.split(), "", "")[:2]
-        if part not in ("0", "1", "2"):
-            raise SOURCE.damaged(path, f"holds {line!r} in line {number}", "a file and 0, 1 or 2")
-        parts[image] = int(part)
-    return parts
-
-
-def _check_images(folder: Path, names: dict[str, tuple[int, int]], root: Path) -> None:
-    there = set(os.listdir(folder))  # once: asking for each of 200,000 files takes minutes on a network's disk
-    absent = sorted(names.keys() - there)
-    if absent:
-        raise SOURCE.missing([folder / name for name in absent], root)
+    if path.suffix == ".csv":
+        rows = read_table(path, (_IMAGE, "partition"), functools.partial(SOURCE.damaged, path))
+        lines = [(number, [row[_IMAGE], row["partition"]]) for number, row in rows]
+    else:
+        lines = [(number, line.split()) for number, line in read_lines(path)]
+    for number, values in lines:
+        if len(values) != 2 or values[1] not in ("0", "1", "2"):
+            raise SOURCE.damaged(path, f"holds {' '.join(values)!r} in line {number}", "a file and 0, 1 or 2")
+    return {image: part for _, (image, part) in lines}

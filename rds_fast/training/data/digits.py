@@ -83,7 +83,7 @@ def _idx_folder(request: Request, fashion: bool) -> Path:
     wanted = source(request.name)
     root = request.folder(wanted)
     nested = root / ("FashionMNIST" if fashion else "MNIST") / "raw"  # where torchvision keeps them
-    if request.download and not any(root.glob("*ubyte*")):
+    if request.download and not any(root.glob("[!.]*ubyte*")):
         datasets = require_torchvision("torchvision.datasets", "a download")
         kind = datasets.FashionMNIST if fashion else datasets.MNIST
         obtain(request, wanted, root, {nested: None}, lambda: kind(root, download=True))

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..extras import require, require_torchvision
+from .files import listed
 from .image_files import ImageFiles, image_files, middle_crop
 from .images import Splits
 from .sources import Request, Source, check_labels, obtain
@@ -52,8 +53,6 @@ def _split(datasets: ModuleType, root: Path, part: str, request: Request) -> Ima
         raise SOURCE.damaged(labels, f"has no label of image {error}, which setid.mat has", "one each") from error
     paths, targets = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
     check_labels(SOURCE, labels, targets, len(dataset.classes))
-    absent = [path for path in paths if not path.exists()]
-    if absent:
-        raise SOURCE.missing(absent, root)
+    files = listed(SOURCE, labels, [path.name for path in paths], folder / "jpg", root, complete=False)
     size = request.image_size
-    return image_files(paths, targets, dataset.classes, size, middle_crop(size), request.workers)
+    return image_files(files, targets, dataset.classes, size, middle_crop(size), request.workers)

@@ -1,26 +1,32 @@
 """GTSRB, German traffic signs (Stallkamp et al. 2012): 43 classes, 26,640 (or 39,209) and 12,630 images of any size.
 
 torchvision downloads the files. The listing is our own: torchvision's reader passes over the GT-*.csv of the training
-set, and does not tell the tracks apart.
+set, does not tell the tracks apart, and reads neither the authors' archive of all training images nor Kaggle's.
 """
 
 from __future__ import annotations
 
-import csv
+import functools
+import os
 from pathlib import Path
 
 import torch
 
 from ..extras import require_torchvision
+from .files import base, child, files, first_of, listed, pictures
 from .image_files import ImageFiles, image_files, stretched
 from .images import Splits
+from .lists import read_table
 from .sources import Request, Source, check_labels, held_out, obtain
 
 SIZE = 32
-_TRAINING, _TEST, _TEST_LABELS = Path("GTSRB/Training"), Path("GTSRB/Final_Test/Images"), Path("GT-final_test.csv")
+# Where torchvision, the authors' archive of all training images and Kaggle's have them.
+_TRAINING = ("GTSRB/Training", "GTSRB/Final_Training/Images", "Train")
+_TEST, _TEST_LABELS = ("GTSRB/Final_Test/Images", "Test"), ("GT-final_test.csv", "Test.csv")
+_KAGGLE_LABELS = "Train.csv"  # of all training images; the authors' are in the folder of each class
 SOURCE = Source(
     "gtsrb",
-    f"the folder gtsrb, with {_TRAINING}/00000 to 00042, {_TEST} and {_TEST_LABELS}",
+    f"the folder gtsrb, with {_TRAINING[0]}/00000 …, {_TEST[0]} and {_TEST_LABELS[0]} (or Kaggle's Train and Test)",
     "https://benchmark.ini.rub.de",
     downloads=True,
 )
@@ -40,9 +46,9 @@ CLASS_NAMES = (
 def load(request: Request) -> Splits:
     """All images, decoded once and scaled to 32×32, margins and all.
 
-    The training images are frames of tracks, about 30 of one physical sign (the first part of a file's name). A tenth
-    of the tracks of each class is for validation, chosen by the seed: frames of one sign on both sides would be near
-    copies. The test set is its own.
+    The training images are frames of tracks, about 30 of one physical sign (all of a file's name but its last number).
+    A tenth of the tracks of each class is for validation, chosen by the seed: frames of one sign on both sides would
+    be near copies. The test set is its own.
 
     Raises:
         FileNotFoundError: a folder, an image or the labels are missing.
@@ -51,12 +57,12 @@ def load(request: Request) -> Splits:
         ImportError: torchvision is not installed.
     """
     root = request.folder(SOURCE, nested="gtsrb")
-    base = root / "gtsrb"
-    obtain(
-        request, SOURCE, root, {base / part: None for part in (_TRAINING, _TEST, _TEST_LABELS)}, lambda: _fetch(root)
-    )
-    train = _image_files(_training(base / _TRAINING, root), request.workers)
-    test = _image_files(_listed(base / _TEST_LABELS, base / _TEST, root), request.workers)
+    folder = base(root, "gtsrb", *_TRAINING)
+    needed = [first_of(folder, names) for names in (_TRAINING, _TEST, _TEST_LABELS)]
+    obtain(request, SOURCE, root, dict.fromkeys(needed), lambda: _fetch(root))
+    training_images, test_images, test_labels = needed
+    train = _image_files(_training(training_images, root), request.workers)
+    test = _image_files(_listed(test_labels, test_images, root), request.workers)
     training, validation = _by_tracks(train, request.seed)
     return Splits(*(files.in_memory() for files in (train.select(training), train.select(validation), test)))
 
@@ -67,54 +73,57 @@ def _fetch(root: Path) -> None:
         datasets.GTSRB(root, part, download=True)
 
 
-def _image_files(files: list[tuple[Path, int]], workers: int | None) -> ImageFiles:
-    paths, targets = [path for path, _ in files], [label for _, label in files]
+def _image_files(samples: list[tuple[str, int]], workers: int | None) -> ImageFiles:
+    paths, targets = [path for path, _ in samples], [label for _, label in samples]
     return image_files(paths, targets, CLASS_NAMES, SIZE, stretched(SIZE), workers)
 
 
-def _training(folder: Path, root: Path) -> list[tuple[Path, int]]:
-    """The images of each class's folder; its GT-*.csv, where it is, must name the same ones, of this class."""
-    files: list[tuple[Path, int]] = []
+def _training(folder: Path, root: Path) -> list[tuple[str, int]]:
+    """The images of each class's folder, of which the lists, where they are, must name each and say the same."""
+    found: list[tuple[str, int]] = []
     for label in range(len(CLASS_NAMES)):
-        images = folder / f"{label:05d}"
-        found, labels = sorted(images.glob("*.ppm")), images / f"GT-{label:05d}.csv"
-        if not found:
+        images = child(folder, f"{label:05d}", str(label)) or folder / f"{label:05d}"
+        of_class = [(path, label) for path in pictures(files(images) if images.is_dir() else ())]
+        if not of_class:
             raise SOURCE.missing([images / "*.ppm"], root)
-        listed = _listed(labels, images, root) if labels.exists() else [(path, label) for path in found]
-        for path, named in listed:
-            if named != label:
-                raise SOURCE.damaged(
-                    labels, f"says that {path.name} is of class {named}", f"{label}, as its folder says"
-                )
-        files += [(path, label) for path in found]
-    return files
+        found += _checked(of_class, images / f"GT-{label:05d}.csv", images, root)
+    return _checked(found, folder.parent / _KAGGLE_LABELS, folder, root)
 
 
-def _listed(labels: Path, images: Path, root: Path) -> list[tuple[Path, int]]:
-    """The images that a GT-*.csv names, and their classes."""
-    with open(labels, newline="") as file:
-        rows = list(csv.DictReader(file, delimiter=";", skipinitialspace=True))
-    try:
-        files = [(images / row["Filename"], int(row["ClassId"])) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
-        expected = "the columns Filename and ClassId in every line, with ; between"
-        raise SOURCE.damaged(labels, f"cannot be read ({error!r})", expected) from error
-    check_labels(SOURCE, labels, [label for _, label in files], len(CLASS_NAMES))
-    found = set(images.glob("*.ppm"))
-    absent = [path for path, _ in files if path not in found]
-    if absent:
-        raise SOURCE.missing(absent, root)
-    if len(files) != len(found):
-        raise SOURCE.damaged(labels, f"names {len(files)} images", f"each of the {len(found)} images in {images}")
-    return files
+def _checked(found: list[tuple[str, int]], labels: Path, images: Path, root: Path) -> list[tuple[str, int]]:
+    """Those of some images that a list names, which has to say the class of their folder; without a list, all."""
+    if not labels.exists():
+        return found
+    named, by_folder = dict(_listed(labels, images, root)), dict(found)
+    for path, label in named.items():
+        if label != by_folder.get(path):
+            raise SOURCE.damaged(
+                labels,
+                f"says that {Path(path).name} is of class {label}",
+                f"{by_folder.get(path, 'none')}, as its folder says",
+            )
+    return [(path, label) for path, label in found if path in named]
+
+
+def _listed(labels: Path, images: Path, root: Path) -> list[tuple[str, int]]:
+    """The images that a list names, and their classes. The authors' name files, Kaggle's files in their folder."""
+    damaged = functools.partial(SOURCE.damaged, labels)
+    column = "Path" if labels.name in (_TEST_LABELS[1], _KAGGLE_LABELS) else "Filename"
+    rows = read_table(labels, (column, "ClassId"), damaged)
+    for number, row in rows:
+        if not row["ClassId"].isdecimal():
+            raise damaged(f"holds ClassId {row['ClassId']!r} in line {number}", "the number of a class")
+    classes = [int(row["ClassId"]) for _, row in rows]
+    check_labels(SOURCE, labels, classes, len(CLASS_NAMES))
+    return list(zip(listed(SOURCE, labels, [row[column] for _, row in rows], images, root), classes, strict=True))
 
 
 def _by_tracks(train: ImageFiles, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of training and validation that share no track."""
-    paths = [Path(path.decode()) for path in train.paths.tolist()]
+    paths = [Path(os.fsdecode(path)) for path in train.paths.tolist()]
     tracks: dict[tuple[int, str], list[int]] = {}
     for index, (path, label) in enumerate(zip(paths, train.targets.tolist(), strict=True)):
-        tracks.setdefault((label, path.name.partition("_")[0]), []).append(index)
+        tracks.setdefault((label, path.name.rpartition("_")[0]), []).append(index)
     members = list(tracks.values())
     labels = torch.tensor([label for label, _ in tracks])
     training, validation = (

@@ -2,7 +2,8 @@
 
 What a sample looks like in an epoch (where it is cropped, whether it is flipped) is drawn from the seed, the epoch and
 the sample's index alone. So a resumed run sees the same bits as one that was never stopped, whatever the number of
-workers then and now; only another version of Pillow or torchvision could decode or scale an image to others.
+workers then and now; only another version of this package, Pillow or torchvision could find other files, or decode or
+scale an image to other bits.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..extras import require, require_torchvision
+from ..extras import require_torchvision
 from .augmentation import NO_AUGMENTATION, Augmentation
+from .decoding import PURPOSE, Transform, read_picture
 from .images import Batch, Images, check_groups
 from .randomness import derived_seed
 
 CPU = torch.device("cpu")
-_PURPOSE = "a data set of image files"
 _DECODED_AT_A_TIME = 256
-
-# From a Pillow image to bytes (3, H, W), of one size for all.
-Transform = Callable[[Any], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +158,7 @@ def image_files(
 
 def middle_crop(image_size: int) -> Transform:
     """The middle image_size × image_size pixels once the shorter side is scaled to 256/224 of it: ImageNet's usual."""
-    transforms = require_torchvision("torchvision.transforms", _PURPOSE)
+    transforms = require_torchvision("torchvision.transforms", PURPOSE)
     resized = transforms.Resize(round(image_size * 256 / 224))
     composed: Transform = transforms.Compose([resized, transforms.CenterCrop(image_size), transforms.PILToTensor()])
     return composed
@@ -168,7 +166,7 @@ def middle_crop(image_size: int) -> Transform:
 
 def stretched(image_size: int, *, middle: int | None = None) -> Transform:
     """The whole image, or its middle ``middle`` × ``middle`` pixels, scaled to image_size × image_size."""
-    transforms = require_torchvision("torchvision.transforms", _PURPOSE)
+    transforms = require_torchvision("torchvision.transforms", PURPOSE)
     changes = [] if middle is None else [transforms.CenterCrop(middle)]
     composed: Transform = transforms.Compose(
         [*changes, transforms.Resize((image_size, image_size)), transforms.PILToTensor()]
@@ -178,7 +176,7 @@ def stretched(image_size: int, *, middle: int | None = None) -> Transform:
 
 def _resized_crop(image_size: int) -> Transform:
     """A random part and a random flip, as is usual for training on ImageNet."""
-    transforms = require_torchvision("torchvision.transforms", _PURPOSE)
+    transforms = require_torchvision("torchvision.transforms", PURPOSE)
     changes = [transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
     composed: Transform = transforms.Compose(changes)
     return composed
@@ -206,14 +204,9 @@ class _Decoded(Dataset[Any]):
         self._transform = _resized_crop(files.image_size) if resized_crop else files.transform
 
     def __getitem__(self, key: tuple[int, int, int]) -> Tensor:
-        path = os.fsdecode(self._paths[key[2]])
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
             torch.default_generator.manual_seed(derived_seed(*key))
-            try:
-                with require("PIL.Image", _PURPOSE).open(path) as image:
-                    return self._transform(image.convert("RGB"))
-            except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises, by the format
-                raise ValueError(f"{path} cannot be read as an image ({error}); replace or remove it") from error
+            return read_picture(os.fsdecode(self._paths[key[2]]), self._transform)
 
     def __getitems__(self, keys: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor, Batch] | ValueError:
         try:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import torch
 
-from ..extras import require_torchvision
+from .files import child, counted, files, folders, pictures, say_passed_over
 from .image_files import ImageFiles, image_files, middle_crop
 from .images import Splits
 from .sources import Request, Source, few
 
-_FOLDERS = ("train", "val", "test")
+# What the folder of each split may be called; capitals do not matter.
+_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
 
 SOURCE = Source("imagefolder", "train/CLASS and val/CLASS, with the images of each class in a folder of its name")
 
@@ -19,7 +25,8 @@ SOURCE = Source("imagefolder", "train/CLASS and val/CLASS, with the images of ea
 def load(request: Request) -> Splits:
     """The splits under the root: ``train/CLASS/*.jpg``, ``val/CLASS/*.jpg`` and, if it is there, ``test/CLASS/*.jpg``.
 
-    The shorter side is scaled to 256/224 of the image size and the middle taken, or a random part in training.
+    The shorter side is scaled to 256/224 of the image size and the middle taken, or a random part in training. A line
+    on standard error counts the files that are no pictures.
 
     Returns:
         ImageFiles; the test split is empty where there is no ``test``.
@@ -30,33 +37,44 @@ def load(request: Request) -> Splits:
         ImportError: torchvision is not installed.
     """
     root = request.folder(SOURCE)
-    folders = {name: root / name for name in _FOLDERS}
-    absent = [name for name in ("train", "val") if not folders[name].is_dir()]
+    found = {name: child(root, *names) for name, names in _FOLDERS.items()}
+    absent = [name for name in ("train", "val") if found[name] is None]
     if absent:
         raise FileNotFoundError(f"{root} holds no folder {' and no folder '.join(absent)}; expected {SOURCE.holds}")
-    train, validation = (_listed(folders[name], request) for name in ("train", "val"))
-    nothing = validation.select(torch.arange(0))
-    test = _listed(folders["test"], request) if folders["test"].is_dir() else nothing
-    for name, split in (("val", validation), ("test", test)):
-        _check_same_classes(root, train, name, split)
-    return Splits(train, validation, test)
+    passed_over: Counter[str] = Counter()
+    splits = {name: _listed(folder, request, passed_over) for name, folder in found.items() if folder is not None}
+    for name, split in splits.items():
+        _check_same_classes(root, splits["train"], name, split)
+    say_passed_over(SOURCE, passed_over)
+    nothing = splits["val"].select(torch.arange(0))
+    return Splits(splits["train"], splits["val"], splits.get("test", nothing))
 
 
-def _listed(folder: Path, request: Request) -> ImageFiles:
-    """The files of a folder."""
-    datasets = require_torchvision("torchvision.datasets", "a folder of images")
-    if not any(entry.is_dir() for entry in folder.iterdir()):
+def _listed(folder: Path, request: Request, passed_over: Counter[str]) -> ImageFiles:
+    """The pictures of each class; ``passed_over`` counts the other files."""
+    classes = folders(folder, passed_over)
+    if not classes:
         raise FileNotFoundError(f"{folder} holds no folders; expected one for each class, with its images in it")
-    found = datasets.ImageFolder(str(folder), allow_empty=True)
-    empty = sorted(set(range(len(found.classes))) - set(found.targets))
+    others: list[Counter[str]] = [Counter() for _ in classes]
+    paths = [pictures(files(each), beside) for each, beside in zip(classes, others, strict=True)]
+    empty = [label for label, of_class in enumerate(paths) if not of_class]
     if empty:
-        names = few([found.classes[label] for label in empty])
+        there = sum((others[label] for label in empty), Counter[str]())
         raise FileNotFoundError(
-            f"{folder} holds no images of {names}; expected files ending in {', '.join(found.extensions)}"
+            f"{folder} holds no images of {few([classes[label].name for label in empty])}; expected files ending in "
+            ".jpg, .jpeg, .png or as others do that Pillow reads"
+            + (f", and there are {counted(there)}" if there else "")
         )
-    paths = [path for path, _ in found.samples]
+    passed_over.update(sum(others, Counter[str]()))
     size = request.image_size
-    return image_files(paths, found.targets, found.classes, size, middle_crop(size), request.workers)
+    return image_files(
+        [path for of_class in paths for path in of_class],
+        [label for label, of_class in enumerate(paths) for _ in of_class],
+        [each.name for each in classes],
+        size,
+        middle_crop(size),
+        request.workers,
+    )
 
 
 def _check_same_classes(root: Path, train: ImageFiles, name: str, split: ImageFiles) -> None:

@@ -5,21 +5,27 @@ The scores come from elsewhere, as a file; here they are brought into the order 
 
 from __future__ import annotations
 
-import csv
-import functools
 import json
 import math
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .files import Files
 from .image_files import ImageFiles
 from .images import Split
+from .lists import read_table, read_text
 from .sources import few
+
+_EXPECTED = (
+    "file,score or index,score in every row, the score a finite number, as CSV with a header or as JSON, a list of "
+    "objects"
+)
 
 
 def read_spuriosity(path: str | Path, split: Split) -> Tensor:
@@ -30,7 +36,7 @@ def read_spuriosity(path: str | Path, split: Split) -> Tensor:
     of other splits may be named as well. An index counts the samples of the whole split, in its order, from 0.
 
     Args:
-        path: ends in .csv or .json.
+        path: ends in .json, or holds CSV.
         split: the whole split; ``scores[indices]`` are those of ``split.take(indices)``.
 
     Raises:
@@ -53,44 +59,54 @@ def read_spuriosity(path: str | Path, split: Split) -> Tensor:
 
 def _rows(path: Path, keys: tuple[str, str]) -> tuple[str, list[tuple[str, float]]]:
     """What names the samples, the first of the keys that there is, and the names and scores."""
+    if path.suffix.lower() == ".json":
+        rows = _objects(path)
+    else:
+        rows = [(f"line {line}", values) for line, values in read_table(path, ("score",), partial(_damaged, path))]
+    if not rows:
+        raise _damaged(path, "holds no score", _EXPECTED)
+    key = next((name for name in keys if name in rows[0][1]), None)
+    if key is None:
+        raise _damaged(path, f"has neither {keys[0]} nor {keys[1]} in {rows[0][0]}", _EXPECTED)
+    return key, [_named_score(path, key, where, row) for where, row in rows]
+
+
+def _objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """What a JSON file lists, each with the place in the list."""
     try:
-        with open(path, newline="") as file:
-            rows: Any = list(csv.DictReader(file)) if path.suffix == ".csv" else json.load(file)
-        key = next(name for name in keys if name in rows[0])
-        return key, [(str(row[key]), _finite(row["score"])) for row in rows]
-    except (ValueError, KeyError, TypeError, IndexError, StopIteration) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error!r}); expected file,score or index,score in every row, the score a finite "
-            "number, as CSV with a header or as JSON, a list of objects"
-        ) from error
+        content = json.loads(read_text(path))
+    except ValueError as error:
+        raise _damaged(path, f"is no JSON ({error})", _EXPECTED) from error
+    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+        raise _damaged(path, "holds something else than a list of objects", _EXPECTED)
+    return [(f"object {number}", row) for number, row in enumerate(content, 1)]
 
 
-def _finite(score: Any) -> float:
-    value = float(score)
-    if not math.isfinite(value):
-        raise ValueError(f"a score is {score}")
-    return value
+def _named_score(path: Path, key: str, where: str, row: dict[str, Any]) -> tuple[str, float]:
+    try:
+        name, score = str(row[key]), float(row["score"])
+    except (KeyError, TypeError, ValueError):
+        name, score = "", math.nan
+    if not math.isfinite(score):
+        raise _damaged(path, f"holds {dict(row)} in {where}", _EXPECTED)
+    return name, score
+
+
+def _damaged(path: Path, found: str, expected: str) -> ValueError:
+    return ValueError(f"{path} cannot be read (it {found}); expected {expected}")
 
 
 def _by_file(path: Path, names: Iterable[str], split: ImageFiles) -> dict[str, int]:
     """The index of the sample that each name means; names of other files are left out."""
-    files = [Path(os.fsdecode(file)).parts for file in split.paths.tolist()]
-
-    @functools.cache
-    def samples_by_end(length: int) -> dict[tuple[str, ...], list[int]]:
-        ends: dict[tuple[str, ...], list[int]] = {}
-        for index, parts in enumerate(files):
-            ends.setdefault(parts[-length:], []).append(index)
-        return ends
-
+    paths = [os.fsdecode(file) for file in split.paths.tolist()]
+    index, files = {file: number for number, file in enumerate(paths)}, Files(paths)
     positions: dict[str, int] = {}
     for name in names:
-        end = Path(name).parts
-        samples = samples_by_end(len(end)).get(end, [])
+        samples = files.ending_in(name)
         if len(samples) > 1:
             raise ValueError(f"{path} names {name}, and {len(samples)} files end so; name the folder before it too")
         if samples:
-            positions[name] = samples[0]
+            positions[name] = index[samples[0]]
     return positions
 
 

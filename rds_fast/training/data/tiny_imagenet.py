@@ -8,15 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from ..extras import require_torchvision
+from .files import base, files, folders, listed, pictures
 from .image_files import ImageFiles, image_files
 from .images import Splits
+from .lists import read_lines
 from .sources import Request, Source, few, held_out
 
 _FOLDER = "tiny-imagenet-200"
 SIZE = 64
 SOURCE = Source(
     "tiny-imagenet",
-    f"the folder {_FOLDER}, with train/WNID/images, val/images and val/val_annotations.txt",
+    f"the folder {_FOLDER}, with train/WNID/images, val/images and val/val_annotations.txt (or val/WNID)",
     "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
 )
 
@@ -33,11 +35,11 @@ def load(request: Request) -> Splits:
         ImportError: torchvision is not installed.
     """
     root = request.folder(SOURCE, nested=_FOLDER)
-    folder = root / _FOLDER
-    absent = [path for path in (folder / "train", folder / "val" / "val_annotations.txt") if not path.exists()]
+    folder = base(root, _FOLDER, "train")
+    absent = [path for path in (folder / "train", folder / "val") if not path.is_dir()]
     if absent:
         raise SOURCE.missing(absent, root)
-    wnids = sorted(entry.name for entry in (folder / "train").iterdir() if entry.is_dir())
+    wnids = [each.name for each in folders(folder / "train")]
     training_files, validation_files = _training_files(folder, wnids, root), _validation_files(folder, wnids, root)
     names = _class_names(folder, wnids)
     train, test = (_images(files, names, request.workers) for files in (training_files, validation_files))
@@ -45,8 +47,8 @@ def load(request: Request) -> Splits:
     return Splits(*(files.in_memory() for files in (train.select(training), train.select(validation), test)))
 
 
-def _images(files: list[tuple[Path, int]], names: tuple[str, ...], workers: int | None) -> ImageFiles:
-    paths, targets = [path for path, _ in files], [label for _, label in files]
+def _images(samples: list[tuple[str, int]], names: tuple[str, ...], workers: int | None) -> ImageFiles:
+    paths, targets = [path for path, _ in samples], [label for _, label in samples]
     return image_files(paths, targets, names, SIZE, _as_it_is, workers)
 
 
@@ -58,46 +60,68 @@ def _as_it_is(image: Any) -> Tensor:
     return pixels
 
 
-def _training_files(folder: Path, wnids: list[str], root: Path) -> list[tuple[Path, int]]:
+def _training_files(folder: Path, wnids: list[str], root: Path) -> list[tuple[str, int]]:
     """The images of each class; WNID_boxes.txt, where it is, lists them, so that one that is missing is noticed."""
-    files: list[tuple[Path, int]] = []
+    training: list[tuple[str, int]] = []
     for label, wnid in enumerate(wnids):
-        images = folder / "train" / wnid / "images"
-        found = set(images.glob("*.JPEG")) if images.is_dir() else set()
-        boxes = images.parent / f"{wnid}_boxes.txt"
-        listed = {images / line.split("\t")[0] for line in boxes.read_text().splitlines()} if boxes.exists() else found
-        if not listed or listed - found:
-            raise SOURCE.missing(sorted(listed - found) or [images / f"{wnid}_0.JPEG"], root)
-        files += [(path, label) for path in sorted(found)]
-    return files
+        images, boxes = folder / "train" / wnid, folder / "train" / wnid / f"{wnid}_boxes.txt"
+        found = pictures(files(images))
+        if boxes.exists():
+            listed(SOURCE, boxes, [line.split("\t")[0] for _, line in read_lines(boxes)], images, root)
+        elif not found:
+            raise SOURCE.missing([images / "images" / f"{wnid}_0.JPEG"], root)
+        training += [(path, label) for path in found]
+    return training
 
 
-def _validation_files(folder: Path, wnids: list[str], root: Path) -> list[tuple[Path, int]]:
-    """The images and classes that val_annotations.txt lists: a file name, a WNID and a box a line, tabs between."""
-    annotations, images = folder / "val" / "val_annotations.txt", folder / "val" / "images"
-    label_of = {wnid: label for label, wnid in enumerate(wnids)}
-    files: dict[Path, int] = {}
-    for number, line in enumerate(annotations.read_text().splitlines(), 1):
-        name, wnid, *box = [*line.split("\t"), ""][:-1]
+def _validation_files(folder: Path, wnids: list[str], root: Path) -> list[tuple[str, int]]:
+    """The images and classes that val_annotations.txt lists, or those of each class's folder where there is no list.
+
+    Many sort the images of val into folders as in train; then the list, if it was kept, has to agree with the folders.
+    Without it they come in the order of their numbers, as in the list.
+    """
+    images, label_of = folder / "val", {wnid: label for label, wnid in enumerate(wnids)}
+    in_folders = {path: each.name for each in folders(images) for path in pictures(files(each))}
+    sorted_into = {path: label_of[name] for path, name in in_folders.items() if name in label_of}
+    annotations = images / "val_annotations.txt"
+    if annotations.exists():
+        labels = _annotated(annotations, label_of)
+        validation = dict(zip(listed(SOURCE, annotations, list(labels), images, root), labels.values(), strict=True))
+        for path, label in sorted_into.items():
+            if validation.get(path, label) != label:
+                raise SOURCE.damaged(
+                    annotations, f"gives {path} to {wnids[validation[path]]}", "the class of its folder"
+                )
+        return list(validation.items())
+    unknown = sorted({*in_folders.values()} - {*label_of})
+    if unknown or not sorted_into:
+        raise (
+            SOURCE.missing([annotations], root)
+            if unknown in ([], ["images"])
+            else SOURCE.damaged(images, f"holds {few(unknown)}", "folders of the classes that train/ has")
+        )
+    return sorted(sorted_into.items(), key=lambda file: (len(Path(file[0]).stem), Path(file[0]).stem))
+
+
+def _annotated(annotations: Path, label_of: dict[str, int]) -> dict[str, int]:
+    """The class of each image: a line holds a file name, a WNID and a box, with tabs between."""
+    labels: dict[str, int] = {}
+    for number, line in read_lines(annotations):
+        name, _, rest = line.partition("\t")
+        wnid, *box = rest.split("\t")
         if wnid not in label_of or len(box) != 4:
             raise SOURCE.damaged(
                 annotations,
                 f"holds {line!r} in line {number}",
                 "a file, a class that train/ has and four numbers, with tabs between",
             )
-        files[images / name] = label_of[wnid]
-    found = set(images.glob("*.JPEG"))
-    absent, unlisted = sorted(files.keys() - found), sorted(path.name for path in found - files.keys())
-    if absent or not files:
-        raise SOURCE.missing(absent or [images / "val_0.JPEG"], root)
-    if unlisted:
-        raise SOURCE.damaged(annotations, f"does not name {few(unlisted)}", f"a line for each image in {images}")
-    return list(files.items())
+        labels[name] = label_of[wnid]
+    return labels
 
 
 def _class_names(folder: Path, wnids: list[str]) -> tuple[str, ...]:
     """The first name of each class in words.txt, or its WNID where there is none."""
     words = folder / "words.txt"
-    lines = words.read_text().splitlines() if words.exists() else []
-    names = dict(line.split("\t", 1) for line in lines if "\t" in line)
+    lines = read_lines(words) if words.exists() else []
+    names = dict(line.split("\t", 1) for _, line in lines if "\t" in line)
     return tuple(names.get(wnid, wnid).split(",")[0] for wnid in wnids)
