@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from .backends import PLAIN_TENSORS, runs_plainly
+from .compilation import pause_compiling, resume_compiling, uncompiled_alone
 from .ops import activation, concatenation, convolution, pooling
 from .ops.batch_norm import batch_norm
 from .ops.group_norm import group_norm, instance_norm, layer_norm
@@ -43,6 +44,16 @@ class fast_double_backward(TorchFunctionMode):
         (gradient,) = torch.autograd.grad(scores.sum(), real, create_graph=True)
         penalty = gradient.square().flatten(1).sum(1).mean()
     """
+
+    @uncompiled_alone
+    def __enter__(self) -> Any:
+        pause_compiling()
+        return super().__enter__()
+
+    @uncompiled_alone
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        resume_compiling()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

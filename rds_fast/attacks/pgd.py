@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ..compilation import uncompiled
 from ..ops.inputs import check_count, check_number
 from ..ops.logsumexp import without_autocast
 from ..reference import accumulation_dtype
@@ -90,6 +91,7 @@ def ascend(
         return displace(x, delta, bounds)
 
 
+@uncompiled
 def pgd(
     model: nn.Module,
     x: Tensor,

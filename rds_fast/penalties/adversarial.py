@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attacks.pgd import ascend, check_attack, detached
+from ..compilation import uncompiled
 from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..ops.inputs import check_number
 from .checks import check_input
@@ -63,6 +64,7 @@ class AdversarialLoss:
         check_attack(self.epsilon, self.norm, self.steps, self.step_size, self.bounds)
         check_label_smoothing(self.label_smoothing)
 
+    @uncompiled
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, step: int | None = None) -> LossTerms:
         """The loss of one batch; ``terms.total.backward()`` trains.
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.pgd import ascend, check_attack, detached
+from ..compilation import uncompiled
 from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..ops.gradient_norm import gradient_norm
 from ..ops.inputs import check_count
@@ -137,6 +138,7 @@ class AttributionPenalty(_Regularisation):
     def __post_init__(self) -> None:
         self._check(self.epsilon)
 
+    @uncompiled
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
         """The mean penalty of x (N, ...) with labels y, a scalar."""
         layer = self._check_call(model, x, y)
@@ -202,6 +204,7 @@ class RobustAttributionLoss(_Regularisation):
             check_weight(self.weight)
         check_label_smoothing(self.label_smoothing)
 
+    @uncompiled
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, step: int | None = None) -> LossTerms:
         """The loss of one batch; ``terms.total.backward()`` trains.
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..compilation import uncompiled
 from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..ops.gradient_norm import check_norm, gradient_norm
 from ..ops.inputs import check_number
@@ -45,6 +46,7 @@ from .inner_pass import (
 REDUCTIONS = ("mean", "sum", "none")
 
 
+@uncompiled
 def log_density(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The log density of each input under the model's logits, up to the constant log Z(θ).
 
@@ -69,6 +71,7 @@ def log_density(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return logsumexp(logits)
 
 
+@uncompiled
 def density_penalty(
     model: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -102,6 +105,7 @@ def density_penalty(
     return reduce(penalty.per_sample(model, x).penalty, reduction)
 
 
+@uncompiled
 def density_penalty_from_logits(
     logits: Tensor, x: Tensor, *, p: float = 2.0, power: float = 1, reduction: str = "mean"
 ) -> Tensor:
@@ -177,10 +181,12 @@ class DensityPenalty:
         if not 0 < check_number("step_size", self.step_size) < float("inf"):
             raise ValueError(f"step_size is {self.step_size}; it must be positive and finite, in the units of x")
 
+    @uncompiled
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | None = None) -> Tensor:
         """The mean penalty of x (N, ...), a scalar. The labels y are not used."""
         return self.per_sample(model, x).penalty.mean()
 
+    @uncompiled
     def from_logits(self, logits: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The mean penalty from logits computed from x, see ``density_penalty_from_logits``; exact only."""
         if self.method != "exact":
@@ -191,6 +197,7 @@ class DensityPenalty:
         with implementation(self.fast):
             return density_penalty_from_logits(logits, x, p=self.p, power=self.power)
 
+    @uncompiled
     def per_sample(
         self,
         model: Callable[[Tensor], Tensor],

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..compilation import uncompiled
 from ..ops.cross_entropy import check_class_indices, cross_entropy_with_logsumexp
 from ..ops.gradient_norm import check_norm
 from .checks import IGNORED, check_choice, check_given_logits, check_labels
@@ -56,18 +57,21 @@ class InputGradientPenalty:
         check_norm(self.p, self.power)
         check_choice("of", self.of, ("cross_entropy", "target_logit"))
 
+    @uncompiled
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
         """The mean penalty of x (N, ...) with labels y, a scalar."""
         with implementation(self.fast):
             logits, x = forward_for_double_backward(model, x)
             return input_gradient_norm(self._output(logits, y), x, self.p, self.power).mean()
 
+    @uncompiled
     def from_logits(self, logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """The mean penalty from logits computed from x, which required a gradient then; their forward is shared."""
         check_given_logits(logits, x)
         with implementation(self.fast):
             return input_gradient_norm(self._output(logits, y), x, self.p, self.power).mean()
 
+    @uncompiled
     def per_sample(
         self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, label_smoothing: float = 0.0
     ) -> PerSample:

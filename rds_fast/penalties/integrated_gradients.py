@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.pgd import detached
+from ..compilation import uncompiled
 from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..ops.inputs import check_count, check_number
 from ..reference import accumulation_dtype
@@ -47,6 +48,7 @@ class PathTerms(NamedTuple):
     logits: Tensor
 
 
+@uncompiled
 def integrated_gradients(
     model: Callable[[Tensor], Tensor],
     x: Tensor,

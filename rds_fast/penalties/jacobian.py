@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..compilation import uncompiled
 from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from .checks import check_given_logits
 from .inner_pass import PerSample, forward_for_double_backward, implementation, input_gradient_norm
@@ -63,11 +64,13 @@ class JacobianPenalty:
         if self.projections < 1:
             raise ValueError(f"projections is {self.projections}; it must be at least 1, or None for the exact norm")
 
+    @uncompiled
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | None = None) -> Tensor:
         """The mean penalty of x (N, ...), a scalar. The labels y are not used."""
         with implementation(self.fast):
             return self._penalty(*forward_for_double_backward(model, x)).mean()
 
+    @uncompiled
     def from_logits(self, logits: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The mean penalty from logits computed from x, which required a gradient then; their forward is shared."""
         check_given_logits(logits, x)

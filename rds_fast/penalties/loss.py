@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..compilation import uncompiled
 from ..double_backward import fast_double_backward
 from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..ops.inputs import check_number
@@ -126,6 +127,7 @@ class PenalizedLoss:
         if not 0 <= check_number("label_smoothing", self.label_smoothing) <= 1:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1]")
 
+    @uncompiled
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, step: int | None = None) -> LossTerms:
         """The loss of one batch; ``terms.total.backward()`` trains.
 

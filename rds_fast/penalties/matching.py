@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..compilation import uncompiled
 from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..ops.gradient_norm import check_norm
 from ..ops.logsumexp import logsumexp
@@ -76,6 +77,7 @@ class GradientMatchingPenalty:
         check_norm(self.p, self.power)
         check_choice("of", self.of, ("cross_entropy", "target_logit", "log_density"))
 
+    @uncompiled
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
         """The mean penalty of x (N, ...) with labels y, a scalar."""
         with implementation(self.fast):
@@ -83,6 +85,7 @@ class GradientMatchingPenalty:
             logits, x = forward_for_double_backward(model, x)
             return self._penalty(self._output(logits, y), x, target).mean()
 
+    @uncompiled
     def from_logits(self, logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """The mean penalty from the student's logits computed from x, which required a gradient then."""
         check_given_logits(logits, x)

@@ -401,17 +401,24 @@ class TestCompiledModels:
         with pytest.raises(RuntimeError, match="does not currently support double backward"):
             penalty.backward()
 
-    def test_a_compiled_step(self) -> None:
-        """A step that the compiler cuts at the inner pass is refused; as one graph, it is right."""
+    def test_logits_of_a_compiled_step(self) -> None:
+        """Those that the compiled function computed itself are refused; traced as one graph, the step is right."""
         model, x = mlp(), batch()[0]
 
         def step(x: Tensor) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(density_penalty(model, x), list(model.parameters()))
+            x = x.clone().requires_grad_()
+            return torch.autograd.grad(density_penalty_from_logits(model(x), x), list(model.parameters()))
 
         with pytest.raises(RuntimeError, match=self.message):
             torch.compile(step, backend="aot_eager")(x)
         for ours, truth in zip(make_fx(step)(x)(x), step(x), strict=True):
             torch.testing.assert_close(ours, truth)
+
+    def test_compiled_steps_do_not_hide_them(self) -> None:
+        x, y = batch()
+        model = torch.compile(mlp(), backend="aot_eager")
+        with pytest.raises(RuntimeError, match=r"the model holds a compiled Sequential \(" + self.message):
+            torch.compile(lambda x, y: PenalizedLoss(DensityPenalty())(model, x, y), backend="aot_eager")(x, y)
 
     def test_finite_differences_of_compiled_models_work(self) -> None:
         model, (x, y) = mlp(), batch()
