@@ -14,11 +14,11 @@ from typing import Annotated, Any
 import typer
 
 from ..training import runs
-from ..training.checkpoints import write_atomically
 from ..training.devices import cpu_threads
 from ..training.extras import require
 from ..training.fields import put_options
 from . import comparison, report, table
+from . import page as html_page  # an option of evaluate is called page
 from .evaluate import evaluate_run
 from .metrics import METRICS
 from .settings import ALL, FIELDS, EvaluationSettings
@@ -94,7 +94,7 @@ def evaluate(
         if page:
             lead = report.lead_of(found)
             content = report.render(found, title=run.name, lead=lead, splits=splits, commands=[command_line()])
-            write_atomically(run / runs.EVALUATION_PAGE, content.encode())
+            html_page.write(run / runs.EVALUATION_PAGE, content)
             print(f"report: {(run / runs.EVALUATION_PAGE).resolve()}")
 
 
@@ -135,7 +135,7 @@ def compare(
         names = dict.fromkeys(group.training.data for group in found.groups)
         lead = report.lead_of(found)
         content = report.render(found, title=f"Comparison on {', '.join(names)}", lead=lead, commands=[command_line()])
-        write_atomically(path, content.encode())
+        html_page.write(path, content)
         _to_stderr(f"report: {path.resolve()}")
 
 

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 from ..evaluation.command import command_line
 from ..evaluation.comparison import Comparison, compare
+from ..evaluation.page import write
 from ..evaluation.report import spoken
 from ..evaluation.settings import FIELDS as EVALUATION_FIELDS
 from ..evaluation.settings import EvaluationSettings
 from ..evaluation.table import console, print_table
-from ..training.checkpoints import write_atomically
 from ..training.config import FIELDS
 from ..training.extras import require
 from ..training.loop import TrainingInterrupted
@@ -148,7 +148,7 @@ def demo(
     _print_demo(found, duel)
     commands = [f"{record['command']}   # chose the weights, on the validation split", command_line()]
     page = out / "report.html"
-    write_atomically(page, render(found, record, commands, duel=duel).encode())
+    write(page, render(found, record, commands, duel=duel))
     print(f"\nreport: {page.resolve()}   ({time.perf_counter() - started:.0f} s in all)")
 
 

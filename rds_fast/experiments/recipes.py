@@ -135,7 +135,11 @@ def load(name: str) -> Recipe:
     path = Path(name)
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe {path}; give a TOML file, or one of {', '.join(names())}")
-    return parse(path.stem, path.read_text(encoding="utf-8"))
+    try:
+        content = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a byte-order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save the recipe as UTF-8, as TOML has to be") from error
+    return parse(path.stem, content)
 
 
 def text(name: str) -> str:

@@ -98,7 +98,7 @@ def alone(out: Path) -> Iterator[None]:
     except ImportError:  # Windows has no such locks
         yield
         return
-    with open(out / LOCK, "w") as file:
+    with open(out / LOCK, "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

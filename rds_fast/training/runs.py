@@ -57,7 +57,7 @@ def _commit() -> str | None:
         return None
     try:
         command = ["git", "-C", str(package), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -121,7 +121,7 @@ def _content(run_dir: Path) -> dict[str, Any]:
             f"{run_dir} holds no run: there is no {CONFIG}; 'rds-fast train --out {run_dir}' makes one"
         )
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         return {
             "settings": dict(content["settings"]),
             "data": dict(content.get("data", _UNDESCRIBED)),
@@ -221,7 +221,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text().split("\n"):
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -238,7 +238,7 @@ def keep_metrics_until(run_dir: Path, step: int) -> None:
 
 def append_metrics(run_dir: Path, row: dict[str, Any]) -> None:
     """Add a row, on the disk when this returns."""
-    with open(run_dir / METRICS, "a") as file:
+    with open(run_dir / METRICS, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
