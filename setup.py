@@ -73,7 +73,7 @@ class BuildNative(build_ext):
         cmake, (generator_name, make_program) = program("cmake"), generator()
         cache = BUILD / "CMakeCache.txt"
         of_this_build = (f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n", f"CMAKE_GENERATOR:INTERNAL={generator_name}\n")
-        if cache.exists() and not all(line in cache.read_text() for line in of_this_build):
+        if cache.exists() and not all(line in cache.read_text(encoding="utf-8") for line in of_this_build):
             cache.unlink()  # the project was moved or copied, or Ninja came or went
         os.environ.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count()))  # make alone would run one compiler
         configure = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -10,6 +11,7 @@ from .training.extras import missing
 
 def main() -> None:
     """Run the command line. ``RDS_FAST_TRACEBACK=1`` shows where an error was raised."""
+    _print_what_can_be_printed()
     try:
         try:
             from .cli import app
@@ -23,6 +25,15 @@ def main() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _print_what_can_be_printed() -> None:
+    """Replace by "?" what standard output has no sign for, such as "∇" on a terminal of Windows or in a C locale.
+
+    Python would raise instead, when all the work is done. Standard error replaces by itself.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="replace")
 
 
 if __name__ == "__main__":

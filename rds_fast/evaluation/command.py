@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import shlex
 import sys
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,37 +14,33 @@ from typing import Annotated, Any
 import typer
 
 from ..training import runs
-from ..training.checkpoints import write_atomically
+from ..training.config import FIELDS as TRAINING_FIELDS
+from ..training.config import TrainingConfig
 from ..training.devices import cpu_threads
 from ..training.extras import require
-from ..training.fields import put_options
+from ..training.fields import option, put_options
 from . import comparison, report, table
+from . import page as html_page  # an option of evaluate is called page
 from .evaluate import evaluate_run
 from .metrics import METRICS
 from .settings import ALL, FIELDS, EvaluationSettings
 
+# What loading the data takes of the place; device and threads are options of their own.
+_PLACE = ("data_root", "download", "workers")
+
 
 def _option(name: str) -> inspect.Parameter:
-    """A setting as an option whose default None says that it was not given; of several values with commas between."""
-    field = FIELDS[name]
-    kind = typing.get_type_hints(EvaluationSettings)[name]
-    if typing.get_origin(kind) is types.UnionType:
-        kind = next(each for each in typing.get_args(kind) if each is not type(None))
-    words = [field.metadata["help"]]
+    """A setting as an option; several values have commas between them."""
+    kind, remark = typing.get_type_hints(EvaluationSettings)[name], ""
     if typing.get_origin(kind) is tuple:
-        kind = str
-        words.append("Separated by commas.")
-    names = (*METRICS, ALL) if name == "metrics" else field.metadata["names"]
-    if names:
-        words.append(" | ".join(names))
-    if field.default not in (None, ()):  # here, since the option's own default is None
-        default = field.default
-        words.append(f"(default: {','.join(map(str, default)) if isinstance(default, tuple) else default})")
-    flags = ("--" + name.replace("_", "-"), *field.metadata["flags"])
-    option = typer.Option(*flags, help=" ".join(words), rich_help_panel=field.metadata["group"])
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-    )
+        kind, remark = str, "Separated by commas."
+    flags = ("--" + name.replace("_", "-"), *FIELDS[name].metadata["flags"])
+    return option(FIELDS[name], kind, flags, names=(*METRICS, ALL) if name == "metrics" else (), remark=remark)
+
+
+def _option_of_place(name: str) -> inspect.Parameter:
+    """A setting of the training as an option: where its data lie now, and how they are read there."""
+    return option(TRAINING_FIELDS[name], typing.get_type_hints(TrainingConfig)[name])
 
 
 def settings_from(options: dict[str, Any], of_run: Mapping[str, Any] | None = None) -> EvaluationSettings:
@@ -83,18 +79,21 @@ def evaluate(
     What is not given is as in the recipe that the run was trained by, or has the default that stands here. Prints a
     table and writes evaluation.json and evaluation.html, a page that needs no other file, into the run's folder.
     """
+    place = {name: value for name in _PLACE if (value := options.pop(name)) is not None}
     settings = settings_from(options, runs.read_evaluation_settings(run))
     _require_output(*(["matplotlib"] if page else []))
-    splits = runs.read_config(run).load_data() if (run / runs.MODEL).is_file() else None  # else evaluate_run says so
+    config = dataclasses.replace(runs.read_config(run), **place)
+    config.check_effects(place)
+    splits = runs.load_data(run, config) if (run / runs.MODEL).is_file() else None  # else evaluate_run says so
     with cpu_threads(threads):
-        evaluate_run(run, settings, split=split, device=device, splits=splits, report=_to_stderr)
+        evaluate_run(run, settings, split=split, device=device, splits=splits, place=place, report=_to_stderr)
         found = comparison.compare([run])
         _print(found, run.name)
         print(f"written: {run / runs.EVALUATION}")
         if page:
             lead = report.lead_of(found)
             content = report.render(found, title=run.name, lead=lead, splits=splits, commands=[command_line()])
-            write_atomically(run / runs.EVALUATION_PAGE, content.encode())
+            html_page.write(run / runs.EVALUATION_PAGE, content)
             print(f"report: {(run / runs.EVALUATION_PAGE).resolve()}")
 
 
@@ -110,6 +109,10 @@ def compare(
     force: Annotated[
         bool, typer.Option("--force", help="Compare runs that differ in data, split, samples or the evaluation.")
     ] = False,
+    data_root: Annotated[
+        str | None,
+        typer.Option(help="Folder of the data's files, for the page's maps, where they lie elsewhere now."),
+    ] = None,
 ) -> None:
     """Set evaluated runs side by side: a table, curves and attribution maps.
 
@@ -119,6 +122,8 @@ def compare(
     if markdown and csv:
         raise ValueError("--markdown and --csv are both given; the table is printed once, so give one of them")
     wants_page = out is not None or not (markdown or csv)
+    if data_root is not None and not wants_page:
+        raise ValueError("--data-root is given and no page is written, which alone shows images; give --out")
     _require_output(*(["matplotlib"] if wants_page else []))
     found = comparison.compare(run, force=force)
     for warning in found.warnings:
@@ -133,9 +138,12 @@ def compare(
         path = out or Path("comparison.html")
         path.parent.mkdir(parents=True, exist_ok=True)
         names = dict.fromkeys(group.training.data for group in found.groups)
-        lead = report.lead_of(found)
-        content = report.render(found, title=f"Comparison on {', '.join(names)}", lead=lead, commands=[command_line()])
-        write_atomically(path, content.encode())
+        title, lead = f"Comparison on {', '.join(names)}", report.lead_of(found)
+        splits = None
+        if data_root is not None:
+            splits = dataclasses.replace(found.first.training, data_root=data_root).load_data()
+        content = report.render(found, title=title, lead=lead, splits=splits, commands=[command_line()])
+        html_page.write(path, content)
         _to_stderr(f"report: {path.resolve()}")
 
 
@@ -165,4 +173,4 @@ def command_line() -> str:
     return shlex.join(["rds-fast", *sys.argv[1:]])
 
 
-put_options(evaluate, "options", map(_option, FIELDS))
+put_options(evaluate, "options", [*map(_option, FIELDS), *map(_option_of_place, _PLACE)])

@@ -12,7 +12,7 @@ from . import record
 from .record import Record
 from .settings import EvaluationSettings
 from .summary import Scalars
-from .titles import kind, order, titles
+from .titles import identity, kind, order, titles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +35,14 @@ class Group:
     runs: tuple[Run, ...]
 
     @property
+    def first(self) -> Record:
+        """The record of the first run; the others' differ in the seed, the figures, and in what decides none."""
+        return self.runs[0].record
+
+    @property
     def training(self) -> TrainingConfig:
-        """The settings of the first run; the others' differ in the seed, and in what decides no figure."""
-        return self.runs[0].record.training
+        """The settings of the first run."""
+        return self.first.training
 
     @property
     def scalars(self) -> list[Scalars]:
@@ -101,17 +106,17 @@ def compare(folders: Iterable[str | Path], *, force: bool = False) -> Comparison
 
 def grouped(runs: Sequence[Run]) -> tuple[Group, ...]:
     """The runs by their kinds, each kind's in the order of the seeds."""
-    kinds: list[tuple[dict[str, Any], list[Run]]] = []
+    kinds: list[tuple[Any, list[Run]]] = []
     for run in runs:
-        settings = kind(run.record.training)
+        settings = (kind(run.record), identity(run.record))
         for other, members in kinds:
             if other == settings:
                 members.append(run)
                 break
         else:
             kinds.append((settings, [run]))
-    members_of = sorted((members for _, members in kinds), key=lambda members: order(members[0].record.training))
-    names = titles([members[0].record.training for members in members_of])
+    members_of = sorted((members for _, members in kinds), key=lambda members: order(members[0].record))
+    names = titles([members[0].record for members in members_of])
     return tuple(
         Group(title, tuple(sorted(members, key=lambda run: run.record.training.seed)))
         for title, members in zip(names, members_of, strict=True)
@@ -146,7 +151,7 @@ def _repeated(runs: Sequence[Run]) -> list[str]:
     found: list[str] = []
     seen: list[tuple[Path, Any]] = []  # no dictionary: settings may hold what cannot be hashed
     for run in runs:
-        whole = (kind(run.record.training), run.record.training.seed)
+        whole = (kind(run.record), identity(run.record), run.record.training.seed)
         for folder, other in seen:
             if other == whole:
                 found.append(f"{run.folder} has the settings and the seed of {folder}, and would count twice.")

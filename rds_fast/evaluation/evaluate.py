@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -15,7 +17,7 @@ from ..training.names import check_name
 from . import record
 from .metrics import chosen
 from .results import Evaluation, Results, merged
-from .samples import drawn, fingerprint
+from .samples import drawn
 from .settings import EvaluationSettings
 
 SPLITS = ("test", "validation")
@@ -88,6 +90,7 @@ def evaluate_run(
     split: str = "test",
     device: str = "auto",
     splits: data.Splits | None = None,
+    place: Mapping[str, Any] | None = None,
     report: Callable[[str], None] = _silent,
 ) -> Evaluation:
     """Evaluate the model of a finished run and write evaluation.json into its folder.
@@ -98,6 +101,7 @@ def evaluate_run(
         split: ``"test"``, or ``"validation"`` while anything is still to be chosen.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         splits: the run's data, where they are loaded already.
+        place: settings of the training that belong to the place, such as ``data_root``, where they differ now.
         report: is told of each metric as it is done.
 
     Raises:
@@ -107,11 +111,14 @@ def evaluate_run(
     check_name("split", split, SPLITS)
     resolved = resolve_device(device)
     model, config = runs.load_model(run_dir, resolved)
-    splits = splits or config.load_data()
+    config = dataclasses.replace(config, **(place or {}))
+    splits = splits or runs.load_data(run_dir, config)
+    runs.check_same_classes(run_dir, getattr(splits, split))
     samples = drawn(measurable(splits, split, settings, config.data_root), settings.limit, settings.seed)
     evaluation = evaluate_model(model, samples.to(resolved), settings, report)
     written = record.Record(
-        evaluation, settings, split, fingerprint(samples), config, record.name_of(resolved), runs.versions()
+        *(evaluation, settings, split, data.fingerprint(samples), config),
+        *(record.name_of(resolved), runs.versions(), runs.read_identity(run_dir)),
     )
     record.write(run_dir, written)
     return evaluation

@@ -12,6 +12,7 @@ from ..training import data, runs
 from . import page, pictures
 from .comparison import Comparison
 from .leakage import feature_leakage, input_gradient
+from .samples import drawn
 
 _CAPTION = (
     "The first sample of each class. The top row is what the model sees. Each other row is the size of ∇ₓ f_y, the "
@@ -31,9 +32,12 @@ def attribution_maps(comparison: Comparison, colours: Mapping[str, str], splits:
     first = comparison.first
     try:
         whole: data.Split = getattr(splits or first.training.load_data(), first.split)
+        measured = data.fingerprint(drawn(whole, first.settings.limit, first.settings.seed))
         models = {group.title: runs.load_model(group.runs[0].folder)[0] for group in comparison.groups}
     except (OSError, ImportError, ValueError) as error:
         return page.note(f"No maps: {error}")
+    if measured != first.fingerprint:
+        return page.note("No maps: the data are no longer those that were measured.")
     samples = whole.take(pictures.first_of_each_class(whole.labels).to(whole.index_device)).to("cpu")
     x = data.in_unit_interval(samples.images)
     rows = [_row("input", "", [pictures.image(image) for image in x])]

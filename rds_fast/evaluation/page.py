@@ -5,8 +5,10 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
+from ..training.checkpoints import write_atomically
 from .columns import ARROWS, Column, best, crowded, topics
 from .summary import Figure
 
@@ -40,6 +42,16 @@ def page(title: str, lead: str, sections: Iterable[str]) -> str:
     style = resources.files(__package__).joinpath(STYLE).read_text(encoding="utf-8")
     present = "\n".join(part for part in sections if part)
     return _PAGE.format(style=style, title=html.escape(title), lead=lead, sections=present)
+
+
+def write(path: Path, content: str) -> None:
+    """Write a page as UTF-8, at once or not at all.
+
+    A path or a command line may hold bytes that are no text in the locale. Python keeps them as lone surrogates, which
+    UTF-8 has no bytes for: what is UTF-8 after all becomes readable again here, and the rest is replaced.
+    """
+    readable = content.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    write_atomically(path, readable.encode("utf-8"))
 
 
 def section(title: str, body: str) -> str:

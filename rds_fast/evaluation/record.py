@@ -23,7 +23,9 @@ class Record:
     Attributes:
         split: ``"test"`` or ``"validation"``.
         fingerprint: of the samples that were measured.
+        training: the settings of the run, with the place where its data lay in the evaluation.
         device: the name of what computed.
+        identity: digests of the run's training data and teacher; empty where the run kept none.
     """
 
     evaluation: Evaluation
@@ -33,6 +35,7 @@ class Record:
     training: TrainingConfig
     device: str
     versions: dict[str, str | None]
+    identity: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """What evaluation.json holds."""
@@ -44,6 +47,7 @@ class Record:
             "training": json.loads(self.training.to_json()),
             "device": self.device,
             "versions": self.versions,
+            "identity": self.identity,
         }
 
     @staticmethod
@@ -61,6 +65,7 @@ class Record:
             TrainingConfig.from_settings(content["training"]),
             content["device"],
             dict(content["versions"]),
+            dict(content.get("identity", {})),
         )
 
 
@@ -82,7 +87,7 @@ def read(run_dir: str | Path) -> Record:
         runs.read_config(Path(run_dir))  # which says so where there is no run at all
         raise FileNotFoundError(f"the run in {run_dir} was not evaluated; 'rds-fast evaluate {run_dir}' does that")
     try:
-        return Record.from_json(json.loads(path.read_text()))
+        return Record.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged or of another version ({error!r}); 'rds-fast evaluate {run_dir}' writes it again"

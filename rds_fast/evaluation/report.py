@@ -199,7 +199,7 @@ def _tables(comparison: Comparison) -> str:
 def _settings(comparison: Comparison, commands: Sequence[str]) -> str:
     first = comparison.first
     settings = {name: value for name, value in first.settings.to_settings().items() if value not in (None, [])}
-    shared = common([group.training for group in comparison.groups])
+    shared = common([group.first for group in comparison.groups])
     everything = [run.record for run in comparison.runs]
     rows = {
         "training, common to all": _listed({name: value for name, value in shared.items() if value not in (None, ())}),

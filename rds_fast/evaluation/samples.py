@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -19,17 +18,6 @@ def drawn(split: data.Split, limit: int | None, seed: int) -> data.Split:
         return split
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
     return split.take(order[:limit].sort().values.to(split.index_device))
-
-
-def fingerprint(split: data.Split) -> str:
-    """A digest that tells splits apart: of all labels, and of the pixels of 16 samples spread over the split.
-
-    Two runs whose splits differ in it were measured on different samples, whatever their settings say.
-    """
-    digest = hashlib.sha256(split.labels.cpu().numpy().tobytes())
-    spread = torch.linspace(0, len(split) - 1, min(16, len(split))).long().unique().to(split.index_device)
-    digest.update(split.take(spread).images.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def batches_of(split: data.Split, batch_size: int) -> Iterator[data.Images]:

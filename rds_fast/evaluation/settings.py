@@ -7,6 +7,7 @@ import math
 import typing
 from typing import Any
 
+from ..training.fields import absolute
 from ..training.names import check_name
 
 ALL = "all"
@@ -38,7 +39,7 @@ class EvaluationSettings:
     """What decides the figures besides the model and the data.
 
     The radii of the attacks are for images in [0, 1]. On BlockMNIST cross-entropy alone loses nearly all of its
-    accuracy at either.
+    accuracy at either. Paths are kept absolute.
 
     Raises:
         TypeError: a value is not of its setting's kind.
@@ -135,6 +136,8 @@ class EvaluationSettings:
                 object.__setattr__(self, name, value)
             for each in value if isinstance(value, tuple) else (value,):
                 _check(name, each, kind, field.metadata)
+        if self.spuriosity is not None:
+            object.__setattr__(self, "spuriosity", absolute(self.spuriosity))
         self._check_metrics()
         self._check_fill()
         self._check_ood_data()
@@ -152,9 +155,11 @@ class EvaluationSettings:
     def _check_ood_data(self) -> None:
         from .other_data import parse_source
 
-        names = [parse_source(source)[0] for source in self.ood_data]
-        if len(set(names)) < len(names):
+        sources = [parse_source(source) for source in self.ood_data]
+        if len({name for name, _ in sources}) < len(sources):
             raise ValueError(f"ood_data is {self.ood_data}; each data set may be named once")
+        named = (f"{name}={absolute(folder)}" if folder else name for name, folder in sources)
+        object.__setattr__(self, "ood_data", tuple(named))
 
     def _check_fill(self) -> None:
         if self.fill == "mean":
@@ -184,8 +189,16 @@ class EvaluationSettings:
 
     def differences(self, other: EvaluationSettings) -> dict[str, tuple[Any, Any]]:
         """The settings by which figures of one name may differ: name -> (this one's value, the other's)."""
-        pairs = {name: (getattr(self, name), getattr(other, name)) for name in FIELDS if name != "metrics"}
-        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        ours, theirs = self.wherever(), other.wherever()
+        return {name: (ours[name], theirs[name]) for name in FIELDS if name != "metrics" and ours[name] != theirs[name]}
+
+    def wherever(self) -> dict[str, Any]:
+        """The settings as JSON has them, without the folders of data sets, which the names tell wherever they lie.
+
+        An imagefolder is told by its folder alone, and spuriosity scores by their file: those stay.
+        """
+        folderless = [source if source.startswith("imagefolder=") else source.split("=")[0] for source in self.ood_data]
+        return self.to_settings() | {"ood_data": folderless}
 
 
 def _check(name: str, value: Any, kind: Any, metadata: typing.Mapping[str, Any]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from ..training.config import FIELDS, OBJECTIVES, RESUMABLE_CHANGES, TrainingConfig
+from ..training.config import FIELDS, OBJECTIVES, PATHS, PLACE, TrainingConfig
+from .record import Record
 
 BASELINE = "cross-entropy"
 
@@ -19,9 +21,8 @@ _TITLES = {
     "jacobian": "Jacobian",
     "gradient-matching": "gradient matching",
 }
-# These are said by the title itself, or tell runs of one kind apart.
+# These are said by the title itself.
 _IN_TITLE = ("objective", "of", "method")
-_NOT_OF_A_KIND = ("seed", *RESUMABLE_CHANGES)
 
 
 def objective_title(config: TrainingConfig) -> str:
@@ -34,33 +35,51 @@ def objective_title(config: TrainingConfig) -> str:
     return f"{title} of {config.of.replace('_', ' ')}" if config.objective == "gradient-matching" else title
 
 
-def kind(config: TrainingConfig) -> dict[str, Any]:
-    """The settings that have an effect on what is computed, but for the seed: alike for runs of one kind."""
-    names = [name for name in FIELDS if name not in _NOT_OF_A_KIND]
+def kind(record: Record) -> dict[str, Any]:
+    """The settings of a run that have an effect on what is computed, but for the seed: alike for runs of one kind."""
+    config = record.training
+    names = [name for name in FIELDS if name != "seed" and name not in PLACE]
     return {name: getattr(config, name) for name in names if config.without_effect(name) is None}
 
 
-def order(config: TrainingConfig) -> tuple[Any, ...]:
+def identity(record: Record) -> dict[str, str | None]:
+    """What tells a run's training data and teacher from others: their digests or, for want of them, their folders."""
+    config = record.training
+    paths = {name: getattr(config, name) for name in PATHS if config.without_effect(name) is None}
+    return dict(record.identity) or paths
+
+
+def order(record: Record) -> tuple[Any, ...]:
     """By this kinds are sorted: cross-entropy first, then by objective, then by their numbers from small to large."""
+    config = record.training
     position = OBJECTIVES.index(config.objective)
-    values = [value for value in kind(config).values() if isinstance(value, (int, float))]
+    values = [value for value in kind(record).values() if isinstance(value, (int, float))]
     return (config.objective != BASELINE, position, config.of, config.method, config.model, values)
 
 
-def titles(configs: Sequence[TrainingConfig]) -> list[str]:
-    """A title for each of several kinds: its objective, its weight, and the settings in which they differ."""
-    kinds = [kind(config) for config in configs]
+def titles(records: Sequence[Record]) -> list[str]:
+    """A title for each of several kinds: its objective, its weight, and the settings in which they differ.
+
+    Kinds that differ in training data or teacher alone have that at the end.
+    """
+    kinds = [kind(record) for record in records]
     shown = [name for name in FIELDS if name not in _IN_TITLE and _tells(name, [k[name] for k in kinds if name in k])]
     found = []
-    for config, settings in zip(configs, kinds, strict=True):
+    for record, settings in zip(records, kinds, strict=True):
         parts = [_part(name, settings[name]) for name in shown if name in settings]
-        found.append(", ".join([objective_title(config), *parts]))
-    return found
+        found.append(", ".join([objective_title(record.training), *parts]))
+    outside = [identity(record) for record in records]
+    names = dict.fromkeys(itertools.chain(*outside))
+    told = [name for name in names if _tells(name, [each.get(name) for each in outside])]
+    return [
+        ", ".join([title, *(_part(name, each.get(name)) for name in told)]) if found.count(title) > 1 else title
+        for title, each in zip(found, outside, strict=True)
+    ]
 
 
-def common(configs: Sequence[TrainingConfig]) -> dict[str, Any]:
+def common(records: Sequence[Record]) -> dict[str, Any]:
     """The settings that all kinds have, with one value."""
-    kinds = [kind(config) for config in configs]
+    kinds = [kind(record) for record in records]
     return {name: value for name, value in kinds[0].items() if all(name in k and k[name] == value for k in kinds)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,12 @@ def chosen_runs(record: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, A
 
 
 def measure_chosen(
-    out: str | Path, record: Record, settings: EvaluationSettings, *, report: Callable[[str], None] = print
+    out: str | Path,
+    record: Record,
+    settings: EvaluationSettings,
+    *,
+    place: Mapping[str, Any] | None = None,
+    report: Callable[[str], None] = print,
 ) -> dict[str, list[Scalars]]:
     """Measure the chosen runs on the test split, but for those that are measured; the record keeps the figures.
 
@@ -28,6 +34,7 @@ def measure_chosen(
         out: the folder of the sweep.
         record: of the sweep, finished; its ``tests`` are added to and written to the disk.
         settings: of the evaluation; figures of other settings are dropped.
+        place: settings of the training that belong to the place, where they differ from the runs' own.
         report: is told of each run as it is done.
 
     Returns:
@@ -37,21 +44,22 @@ def measure_chosen(
         FileNotFoundError: a run was removed.
     """
     with alone(Path(out)):
-        return _measure_chosen(Path(out), record, settings, report)
+        return _measure_chosen(Path(out), record, settings, place or {}, report)
 
 
 def _measure_chosen(
-    out: Path, record: Record, settings: EvaluationSettings, report: Callable[[str], None]
+    out: Path, record: Record, settings: EvaluationSettings, place: Mapping[str, Any], report: Callable[[str], None]
 ) -> dict[str, list[Scalars]]:
     loaded = Loaded()
-    if record.get("test_evaluation") != settings.to_settings():
+    before = record.get("test_evaluation")
+    if before is None or EvaluationSettings.from_settings(before).wherever() != settings.wherever():
         record |= {"test_evaluation": settings.to_settings(), "tests": []}
     done = {key(test["variant"], test["settings"], test["seed"]): test["figures"] for test in record["tests"]}
     found: dict[str, list[Scalars]] = {}
     for variant, point, seed in chosen_runs(record):
         if key(variant, point, seed) not in done:
             run_dir = out / folder(variant, point, seed)
-            config = runs.read_config(run_dir)
+            config = dataclasses.replace(runs.read_config(run_dir), **place)
             figures = evaluate(run_dir, config, settings, "test", loaded.splits(config))
             done[key(variant, point, seed)] = figures
             record["tests"].append({"variant": variant, "settings": dict(point), "seed": seed, "figures": figures})

@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 from ..evaluation.command import command_line
 from ..evaluation.comparison import Comparison, compare
+from ..evaluation.page import write
 from ..evaluation.report import spoken
 from ..evaluation.settings import FIELDS as EVALUATION_FIELDS
 from ..evaluation.settings import EvaluationSettings
 from ..evaluation.table import console, print_table
-from ..training.checkpoints import write_atomically
-from ..training.config import FIELDS
+from ..training.config import FIELDS, PLACE
 from ..training.extras import require
 from ..training.loop import TrainingInterrupted
 from . import recipes as recipe_files
@@ -85,7 +85,8 @@ def sweep(
         record = run_sweep(plan, out, while_choosing, test=in_the_end if test else None, command=command_line())
         _print_sweep(record)
         if test:
-            found = measure_chosen(out, record, in_the_end)
+            place = {name: value for name, value in plan.changes.items() if name in PLACE}
+            found = measure_chosen(out, record, in_the_end, place=place)
             models = {_label(record, variant): figures for variant, figures in found.items()}
             print_table(f"{loaded.title}, test split", models, in_the_end)
             _print_reported(loaded, in_the_end)
@@ -104,7 +105,7 @@ def _plan(
             continue
         if key.startswith(words.EVALUATION):
             evaluation[key.removeprefix(words.EVALUATION)] = words.value(key, text)
-        elif words.is_several(key):
+        elif words.is_several(key) or key in PLACE:  # which is no axis, and a path may have a comma in it
             changes[key] = words.value(key, text)
         else:
             values = [words.value(key, part) for part in text.split(",")]
@@ -148,7 +149,7 @@ def demo(
     _print_demo(found, duel)
     commands = [f"{record['command']}   # chose the weights, on the validation split", command_line()]
     page = out / "report.html"
-    write_atomically(page, render(found, record, commands, duel=duel).encode())
+    write(page, render(found, record, commands, duel=duel))
     print(f"\nreport: {page.resolve()}   ({time.perf_counter() - started:.0f} s in all)")
 
 

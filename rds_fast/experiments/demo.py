@@ -52,15 +52,18 @@ def chosen_weights(path: Path | None = None) -> dict[str, Any]:
         path = path / SWEEP
     if path is not None and not path.is_file():
         raise FileNotFoundError(f"there is no {path}; expected the {SWEEP} that 'rds-fast sweep' writes")
-    content = path.read_text() if path else resources.files(__package__).joinpath(WEIGHTS_FILE).read_text()
     shown = str(path or WEIGHTS_FILE)
-    record = sweeps.parse(content, shown)
+    record = sweeps.read(path) if path else sweeps.parse(_shipped(), shown)
     missing = [name for name in SHOWN if name not in record["choices"]]
     if missing:
         raise ValueError(
             f"{shown} holds nothing for {', '.join(missing)}; let 'rds-fast sweep' finish with all variants"
         )
     return record
+
+
+def _shipped() -> str:
+    return resources.files(__package__).joinpath(WEIGHTS_FILE).read_text(encoding="utf-8")
 
 
 def demo(

@@ -9,11 +9,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..training.config import FIELDS, RESUMABLE_CHANGES, TrainingConfig
+from ..training.config import FIELDS, PLACE, TrainingConfig
 from ..training.names import check_name
 from .recipes import Recipe
 
-_NO_AXIS = ("seed", "objective", *RESUMABLE_CHANGES)
+_NO_AXIS = ("seed", "objective", *PLACE)
 
 
 @dataclasses.dataclass(frozen=True)

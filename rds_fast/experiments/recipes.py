@@ -28,13 +28,13 @@ from typing import Any
 from ..evaluation.metrics import FIGURES
 from ..evaluation.settings import FIELDS as EVALUATION_FIELDS
 from ..evaluation.settings import EvaluationSettings
-from ..training.config import FIELDS, TrainingConfig
+from ..training.config import FIELDS, PATHS, TrainingConfig
 from ..training.data.lists import read_text
 from ..training.names import check_name
 
 _FOLDER = ("training", "recipes")
 _PARTS = ("title", "source", "variant", "ours", "training", "variants", "sweep", "evaluation")
-_ELSEWHERE = {"data_root": "elsewhere", "teacher": "elsewhere"}  # what only the user knows
+_ELSEWHERE = dict.fromkeys(PATHS, "elsewhere")  # what only the user knows
 
 # What is measured where something is to be chosen; [sweep.evaluation] may change it.
 WHILE_CHOOSING = {"metrics": ("accuracy", "pgd")}

@@ -21,7 +21,7 @@ from ..evaluation.metrics import FIGURES, METRICS
 from ..evaluation.settings import ALL, EvaluationSettings
 from ..training import data, runs
 from ..training.checkpoints import write_atomically
-from ..training.config import FIELDS, RESUMABLE_CHANGES, TrainingConfig
+from ..training.config import FIELDS, PATHS, PLACE, TrainingConfig, as_meant
 from ..training.devices import cpu_threads, resolve_device
 from ..training.loop import NonFiniteError, train
 from .choice import Candidate, choose, rule
@@ -98,7 +98,7 @@ def alone(out: Path) -> Iterator[None]:
     except ImportError:  # Windows has no such locks
         yield
         return
-    with open(out / LOCK, "w") as file:
+    with open(out / LOCK, "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -176,7 +176,9 @@ def evaluate(
 ) -> Scalars:
     """The figures of a finished run, computed where and as it was trained."""
     with cpu_threads(config.threads):
-        return evaluate_run(run_dir, settings, split=split, device=config.device, splits=splits).scalars
+        return evaluate_run(
+            run_dir, settings, split=split, device=config.device, splits=splits, place=config.place
+        ).scalars
 
 
 def _measured(run_dir: Path, settings: EvaluationSettings) -> Scalars | None:
@@ -185,7 +187,8 @@ def _measured(run_dir: Path, settings: EvaluationSettings) -> Scalars | None:
         found = evaluations.read(run_dir)
     except (FileNotFoundError, ValueError):
         return None
-    return found.evaluation.scalars if (found.split, found.settings) == ("validation", settings) else None
+    same = (found.split, found.settings.wherever()) == ("validation", settings.wherever())
+    return found.evaluation.scalars if same else None
 
 
 def choices(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -238,7 +241,7 @@ def _told(found: Mapping[str, Any], measure: str) -> str:
 
 
 def _open(path: Path, fresh: Record) -> Record:
-    """The record of a new sweep, or of the one to go on with.
+    """The record of a new sweep, or of the one to go on with, which may be at another place now.
 
     Raises:
         ValueError: it is damaged, or of a sweep with other settings.
@@ -246,12 +249,25 @@ def _open(path: Path, fresh: Record) -> Record:
     if not path.exists():
         return fresh
     record = read(path)
-    differing = [part for part in ("training", "selection", "evaluation", "device") if record[part] != fresh[part]]
-    known, wanted = record["variants"], fresh["variants"]
-    differing += [name for name in wanted if name in known and known[name] != wanted[name]]
+    before, now = _of_experiment(record), _of_experiment(fresh)
+    differing = [part for part in now if part in before and before[part] != now[part]]
     if differing:
         raise ValueError(f"{path} is of a sweep with other settings ({', '.join(differing)}); give another --out")
-    return record | {"variants": known | wanted}
+    here = {name: fresh[name] for name in ("training", "evaluation", "device")}
+    return record | here | {"variants": record["variants"] | fresh["variants"]}
+
+
+def _of_experiment(record: Record) -> dict[str, Any]:
+    """What makes a sweep this one wherever it runs: the parts of its record, and each variant by its name."""
+    evaluation = EvaluationSettings.from_settings(record["evaluation"]).wherever()
+    parts = {"training": _movable(record["training"]), "selection": record["selection"], "evaluation": evaluation}
+    variants = record["variants"].items()
+    return parts | {name: each | {"settings": _movable(each["settings"])} for name, each in variants}
+
+
+def _movable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that do not belong to the place."""
+    return {name: value for name, value in settings.items() if name not in PLACE}
 
 
 def read(path: Path) -> Record:
@@ -290,7 +306,11 @@ def _fresh(plan: Plan, settings: EvaluationSettings) -> Record:
         "source": recipe.source,
         "rule": rule(selection.measure, selection.margin, plan.baseline),
         "command": "",
-        "training": {name: plain(value) for name, value in training.items() if name not in RESUMABLE_CHANGES},
+        "training": {
+            name: plain(as_meant(name, value))
+            for name, value in training.items()
+            if name in PATHS or name not in PLACE  # where the data lie, for the demonstration
+        },
         "variants": {
             name: {"title": recipe.variants[name].title, "settings": plain(recipe.variants[name].settings)}
             for name in plan.variants

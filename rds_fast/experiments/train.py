@@ -15,7 +15,7 @@ import typer
 
 from ..training import runs
 from ..training.config import FIELDS, TrainingConfig
-from ..training.fields import put_options
+from ..training.fields import option, put_options
 from ..training.loop import TrainingInterrupted
 from ..training.loop import train as train_model
 from . import recipes, words
@@ -24,24 +24,10 @@ _KEYS = ("variant", *FIELDS)
 
 
 def _option(name: str) -> inspect.Parameter:
-    """A field as an option whose default None says that it was not given."""
-    field = FIELDS[name]
-    kind = typing.get_type_hints(TrainingConfig)[name]
-    repeated = name.endswith("_milestones")
-    flag = "--" + name.replace("_", "-")
-    if repeated:
-        kind, flag = list[int], flag.removesuffix("s")
-    elif kind is bool:
-        flag = f"{flag}/--no-{flag[2:]}"
-    explained = [field.metadata["help"]]
-    if field.metadata["names"]:
-        explained.append(" | ".join(field.metadata["names"]))
-    if field.default not in (None, ()):  # here, since the option's own default is None
-        explained.append(f"(default: {field.default})")
-    option = typer.Option(flag, help=" ".join(explained), rich_help_panel=field.metadata["group"])
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-    )
+    """A field as an option; one of several values is repeated."""
+    if name.endswith("_milestones"):
+        return option(FIELDS[name], list[int], ["--" + name.replace("_", "-").removesuffix("s")])
+    return option(FIELDS[name], typing.get_type_hints(TrainingConfig)[name])
 
 
 def train(
@@ -113,10 +99,7 @@ def _config(recipe: str | None, given: dict[str, Any], resumed: Path | None) -> 
         raise ValueError(f"variant={variant} is given without a recipe; give one: {', '.join(recipes.names())}")
     else:
         config = dataclasses.replace(runs.read_config(resumed), **given) if resumed else TrainingConfig(**given)
-    for name in given:
-        reason = config.without_effect(name)
-        if reason is not None:
-            raise ValueError(f"--{name.replace('_', '-')} would have no effect: {reason}. Leave it out")
+    config.check_effects(given)
     return config
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from . import checks, models
 from . import data as data_sets  # a setting is called data
-from .fields import setting
+from .fields import absolute, setting
 from .names import check_name
 from .objective_settings import OBJECTIVES as OBJECTIVES
 from .objective_settings import ObjectiveSettings
@@ -20,9 +20,6 @@ LR_SCHEDULES = ("constant", "cosine", "step")
 LR_SCALINGS = ("none", "linear")
 DEVICES = ("auto", "cpu", "cuda")
 AMP = ("none", "bf16", "fp16")
-
-# Where a run goes on, these may differ: they decide where and how it is watched, not what is computed.
-RESUMABLE_CHANGES = ("device", "threads", "workers", "download", "log_interval", "checkpoint_interval")
 
 
 def _data_sets(which: Callable[[data_sets.DataSet], bool]) -> tuple[str, *tuple[str, ...]]:
@@ -34,6 +31,8 @@ def _data_sets(which: Callable[[data_sets.DataSet], bool]) -> tuple[str, *tuple[
 class TrainingConfig(ObjectiveSettings):
     """Everything that decides a run. The defaults train the density penalty on BlockMNIST in seconds.
 
+    Paths are kept absolute: a relative one means the folder in which the configuration is made.
+
     Raises:
         ValueError: a value is unknown or out of range; the message names the setting and what it may be.
     """
@@ -44,9 +43,14 @@ class TrainingConfig(ObjectiveSettings):
         "Data",
         "Folder of the data's files; the digits and clothes have packaged ones besides.",
         only=_data_sets(lambda known: known.source is not None),
+        path=True,
     )
     download: bool = setting(
-        False, "Data", "Fetch what is missing into data-root.", only=_data_sets(lambda known: known.source is not None)
+        False,
+        "Data",
+        "Fetch what is missing into data-root.",
+        only=_data_sets(lambda known: known.source is not None),
+        place=True,
     )
     data_seed: int = setting(
         0,
@@ -120,22 +124,27 @@ class TrainingConfig(ObjectiveSettings):
     lr_factor: float = setting(0.2, "Optimisation", "Step: by what it is multiplied.", only=("lr_schedule", "step"))
     seed: int = setting(0, "Optimisation", "Decides the first weights, the data's order and dropout.")
 
-    device: str = setting("auto", "Running", "Where to compute.", names=DEVICES)
+    device: str = setting("auto", "Running", "Where to compute.", names=DEVICES, place=True)
     amp: str = setting("none", "Running", "Mixed precision.", names=AMP)
     channels_last: bool = setting(False, "Running", "Weights and images in the memory format channels last.")
-    threads: int | None = setting(None, "Running", "Threads of the CPU.")
+    threads: int | None = setting(None, "Running", "Threads of the CPU.", place=True)
     workers: int | None = setting(
         None,
         "Running",
         "Processes that decode images from files; 0: this one (default: one for each core).",
         only=_data_sets(lambda known: known.decoded),
+        place=True,
     )
-    log_interval: int = setting(50, "Running", "Steps between rows of metrics; on a GPU each costs a wait.")
-    checkpoint_interval: int | None = setting(None, "Running", "Steps between checkpoints, besides each epoch's end.")
+    log_interval: int = setting(50, "Running", "Steps between rows of metrics; on a GPU each costs a wait.", place=True)
+    checkpoint_interval: int | None = setting(
+        None, "Running", "Steps between checkpoints, besides each epoch's end.", place=True
+    )
 
     def __post_init__(self) -> None:
         for name in ("lr_milestones", "weight_milestones"):  # a list, as JSON has it, is welcome
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in PATHS:
+            object.__setattr__(self, name, as_meant(name, getattr(self, name)))
         checks.check_numbers(self)
         for name, field in FIELDS.items():
             if field.metadata["names"]:
@@ -193,9 +202,14 @@ class TrainingConfig(ObjectiveSettings):
         return TrainingConfig(**{**settings, "p": float(settings.get("p", 2.0))})
 
     def differences(self, other: TrainingConfig) -> dict[str, tuple[Any, Any]]:
-        """The settings in which two runs compute different numbers: name -> (this one's value, the other's)."""
-        pairs = {name: (getattr(self, name), getattr(other, name)) for name in FIELDS if name not in RESUMABLE_CHANGES}
+        """The settings in which two experiments differ: name -> (this one's value, the other's)."""
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in FIELDS if name not in PLACE}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """The settings that belong to the place, not to the experiment."""
+        return {name: getattr(self, name) for name in PLACE}
 
     def without_effect(self, name: str) -> str | None:
         """The reason why a setting has no effect beside the others; None if it has one."""
@@ -211,5 +225,21 @@ class TrainingConfig(ObjectiveSettings):
             return "the objective is cross-entropy, which has no penalty"
         return f"it belongs to {other} {' or '.join(values)}, and {other} is {getattr(self, other)}"
 
+    def check_effects(self, given: Iterable[str]) -> None:
+        """Raises ValueError if a setting that a user gave has no effect beside the others."""
+        for name in given:
+            reason = self.without_effect(name)
+            if reason is not None:
+                raise ValueError(f"--{name.replace('_', '-')} would have no effect: {reason}. Leave it out")
+
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainingConfig)}
+
+# What may differ where a run goes on, is evaluated or is compared; each field says of itself whether it belongs here.
+PLACE = tuple(name for name, field in FIELDS.items() if field.metadata["place"])
+PATHS = tuple(name for name, field in FIELDS.items() if field.metadata["path"])
+
+
+def as_meant(name: str, value: Any) -> Any:
+    """A setting's value as it is kept: a path is absolute."""
+    return absolute(value) if name in PATHS and isinstance(value, str) else value

@@ -53,7 +53,7 @@ def peak_memory_bytes(device: torch.device) -> int | None:
         return None
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would count the program that started this one, where that was larger
-        peak = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+        peak = re.search(rb"^VmHWM:\s+(\d+) kB$", status.read_bytes(), re.MULTILINE)
         if peak is not None:
             return 1024 * int(peak[1])
     import resource  # Unix alone has it

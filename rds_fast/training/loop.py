@@ -109,12 +109,14 @@ def train(
         runs.check_same(run_dir, config)
     else:
         runs.check_free(run_dir, overwrite)
-    splits = splits or config.load_data()
+    splits = splits or (runs.load_data(run_dir, config) if resume else config.load_data())
     if resume:
-        runs.check_same_data(run_dir, splits.train)
+        runs.check_same_data(run_dir, config, splits.train)
     with cpu_threads(config.threads), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         run = _Run(config, run_dir, device, splits, quiet)
-        if not resume:
+        if resume:
+            runs.keep_place(run_dir, config)
+        else:
             runs.create(run_dir, config, splits.train, evaluation)  # only now: what cannot begin leaves no folder
         runs.remove_temporaries(run_dir)
         return run.run()

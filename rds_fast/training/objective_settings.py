@@ -82,7 +82,7 @@ class ObjectiveSettings:
         1, "Objective", "Random directions of the Jacobian; 0: all of it.", only=("objective", "jacobian")
     )
     teacher: str | None = setting(
-        None, "Objective", "Folder of the finished run to match.", only=("objective", "gradient-matching")
+        None, "Objective", "Folder of the finished run to match.", only=("objective", "gradient-matching"), path=True
     )
     penalty_every: int = setting(
         1,

@@ -11,6 +11,7 @@ non_finite_batch.json        the step and the samples at which a loss was not fi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -57,7 +58,7 @@ def _commit() -> str | None:
         return None
     try:
         command = ["git", "-C", str(package), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -102,15 +103,37 @@ def create(
     for name in files:  # these alone: never a whole folder
         (run_dir / name).unlink(missing_ok=True)
     (run_dir / CHECKPOINT).parent.mkdir(parents=True, exist_ok=True)
-    content = {"settings": json.loads(config.to_json()), "data": _description(split), "versions": versions()}
-    content |= {"evaluation": dict(evaluation or {})}
+    content = {"settings": json.loads(config.to_json()), "data": _description(split)}
+    content |= {"identity": _identity(config, split), "versions": versions(), "evaluation": dict(evaluation or {})}
+    _write(run_dir, content)
+
+
+def _write(run_dir: Path, content: Mapping[str, Any]) -> None:
     checkpoints.write_atomically(run_dir / CONFIG, json.dumps(content, indent=2).encode() + b"\n")
+
+
+def keep_place(run_dir: Path, config: TrainingConfig) -> None:
+    """Note in config.json where a run goes on: what reads it later has to find the data there."""
+    content = json.loads((run_dir / CONFIG).read_text(encoding="utf-8"))
+    settings = json.loads(config.to_json())
+    if content["settings"] != settings:
+        _write(run_dir, content | {"settings": settings})
 
 
 def _description(split: data.Split) -> dict[str, Any]:
     """What a run has to know of its training data beyond its settings."""
     names = None if split.class_names is None else list(split.class_names)
     return {"samples": len(split), "classes": split.classes, "class_names": names}
+
+
+def _identity(config: TrainingConfig, split: data.Split) -> dict[str, str]:
+    """Digests of what lies outside of a run and decides it, by which it is known again wherever it lies."""
+    found = {"training_data": data.fingerprint(split)}
+    teacher = Path(config.teacher or "") / MODEL
+    if config.objective == "gradient-matching" and teacher.is_file():  # else the objective says that it is missing
+        with open(teacher, "rb") as file:
+            found["teacher"] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return found
 
 
 def _content(run_dir: Path) -> dict[str, Any]:
@@ -121,10 +144,11 @@ def _content(run_dir: Path) -> dict[str, Any]:
             f"{run_dir} holds no run: there is no {CONFIG}; 'rds-fast train --out {run_dir}' makes one"
         )
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         return {
             "settings": dict(content["settings"]),
             "data": dict(content.get("data", _UNDESCRIBED)),
+            "identity": dict(content.get("identity", {})),
             "evaluation": dict(content.get("evaluation", {})),
         }
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
@@ -159,6 +183,15 @@ def read_evaluation_settings(run_dir: Path) -> dict[str, Any]:
     return _content(run_dir)["evaluation"]
 
 
+def read_identity(run_dir: str | Path) -> dict[str, str]:
+    """Digests of the training data and the teacher of a run; none where it was made by an earlier version.
+
+    Raises:
+        As ``read_config``.
+    """
+    return _content(Path(run_dir))["identity"]
+
+
 def check_same(run_dir: Path, config: TrainingConfig) -> None:
     """Raises ValueError, naming each difference, if a run was made with other settings than ``config``."""
     differences = read_config(run_dir).differences(config)
@@ -169,15 +202,47 @@ def check_same(run_dir: Path, config: TrainingConfig) -> None:
         )
 
 
-def check_same_data(run_dir: Path, split: data.Split) -> None:
-    """Raises ValueError if a run was made with other training data: other classes, or more or fewer samples."""
-    before, now = _read(run_dir)[1], _description(split)
-    for name, value in now.items():
+def check_same_data(run_dir: Path, config: TrainingConfig, split: data.Split) -> None:
+    """Raises ValueError if a run was made with other training data, or with another teacher, than lie there now."""
+    content, description = _content(run_dir), _description(split)
+    before = content["data"]
+    for name, value in description.items():
         if name in before and before[name] != value:
             found = f"{name} was {before[name]!r} and is now {value!r}"
             raise ValueError(
                 f"{run_dir} cannot be resumed with other data: {found}. Restore the data, or start a new run"
             )
+    changed = {
+        "training_data": "the labels or the pixels of its training data are not what they were. Give --data-root with "
+        "the data that it began with, or start a new run; where another version of Pillow alone is the reason, take "
+        f"'training_data' out of {CONFIG}",
+        "teacher": f"the weights in {config.teacher} are not those of its teacher. Give --teacher with the one that it "
+        "began with, or start a new run",
+    }
+    for name, digest in _identity(config, split).items():
+        if content["identity"].get(name, digest) != digest:
+            raise ValueError(f"{run_dir} cannot be resumed: {changed[name]}")
+
+
+def check_same_classes(run_dir: str | Path, split: data.Split) -> None:
+    """Raises ValueError if a split's classes are not those that a run's model tells apart."""
+    before, now = _read(Path(run_dir))[1], _description(split)
+    for name in ("classes", "class_names"):
+        if before.get(name) is not None and before[name] != now[name]:
+            raise ValueError(
+                f"{name} of these data is {now[name]!r} and was {before[name]!r} in the training of {run_dir}; the "
+                "model's logits are for the classes of its training, so give data of the same ones"
+            )
+
+
+def load_data(run_dir: str | Path, config: TrainingConfig) -> data.Splits:
+    """The data of a run, of which ``config`` says where they lie; raises as ``config.load_data`` does."""
+    try:
+        return config.load_data()
+    except FileNotFoundError as error:
+        if config.without_effect("data_root") is not None:
+            raise
+        raise FileNotFoundError(f"{error}. If the data of {run_dir} lie elsewhere now, give --data-root") from error
 
 
 def classes(run_dir: str | Path) -> int:
@@ -221,7 +286,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text().split("\n"):
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -238,7 +303,7 @@ def keep_metrics_until(run_dir: Path, step: int) -> None:
 
 def append_metrics(run_dir: Path, row: dict[str, Any]) -> None:
     """Add a row, on the disk when this returns."""
-    with open(run_dir / METRICS, "a") as file:
+    with open(run_dir / METRICS, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())

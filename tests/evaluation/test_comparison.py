@@ -39,6 +39,7 @@ class Runs:
         fingerprint: str = "same",
         curves: dict[str, Curve] | None = None,
         notes: tuple[str, ...] = (),
+        identity: dict[str, str] | None = None,
         **training: Any,
     ) -> Path:
         config = TrainingConfig(**training)
@@ -48,7 +49,8 @@ class Runs:
         content = {"settings": json.loads(config.to_json()), "data": described, "versions": {}}
         (folder / "config.json").write_text(json.dumps(content))
         evaluation = Evaluation(scalars, curves or {}, {}, notes, samples, {"accuracy": 0.1})
-        written = record.Record(evaluation, settings, split, fingerprint, config, "cpu", {"torch": "2.11"})
+        versions = {"torch": "2.11"}
+        written = record.Record(evaluation, settings, split, fingerprint, config, "cpu", versions, identity or {})
         record.write(folder, written)
         return folder
 
@@ -230,3 +232,33 @@ def test_the_same_runs_make_the_same_page(folders: list[Path]) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra train")
     pages = {report.render(compare(order), title="t", lead="l") for order in (folders, folders[::-1])}
     assert len(pages) == 1
+
+
+def test_where_data_and_teacher_lie_makes_no_kind_and_what_they_are_does(made: Runs) -> None:
+    matching = {"objective": "gradient-matching", "data": "svhn"}
+    same = {"training_data": "0a", "teacher": "1b"}
+    folders = [
+        made("a", {}, **matching, data_root="/a", teacher="/a/t", identity=same),
+        made("b", {}, **matching, data_root="/b", teacher="/b/t", seed=1, workers=3, log_interval=7, identity=same),
+        made("c", {}, **matching, data_root="/a", teacher="/a/t", identity=same | {"teacher": "2c"}),
+    ]
+    found = compare(folders)
+    assert [(group.title, [run.folder.name for run in group.runs]) for group in found.groups] == [
+        ("gradient matching of target logit, λ = 0.5, teacher = 1b", ["a", "b"]),
+        ("gradient matching of target logit, λ = 0.5, teacher = 2c", ["c"]),
+    ]
+    old = [made(name, {}, data="svhn", data_root=root, seed=0) for name, root in (("d", "/d"), ("e", "/e"))]
+    titles = [group.title for group in compare(old).groups]
+    assert titles == [f"density ‖∇ log p‖, λ = 0.5, data root = {root}" for root in ("/d", "/e")]
+
+
+def test_folders_of_named_data_make_no_difference(made: Runs) -> None:
+    def settings(*ood_data: str) -> EvaluationSettings:
+        return EvaluationSettings(ood_data=ood_data)
+
+    one, other = made("a", {}, settings=settings("svhn=/a")), made("b", {}, settings=settings("svhn=/b"), seed=1)
+    assert compare([one, other]).warnings == ()
+    third = made("c", {}, settings=settings("imagefolder=/a"), seed=2)
+    fourth = made("d", {}, settings=settings("imagefolder=/b"), seed=3)
+    with pytest.raises(ValueError, match="The evaluation's ood_data differs"):
+        compare([third, fourth])

@@ -85,8 +85,8 @@ def test_all_metrics_are_those_that_fit_and_a_note_says_why_each_other_does_not(
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        ({"spuriosity": "nowhere.csv"}, "metric spuriosity cannot be measured: there is no file nowhere.csv"),
-        ({"ood_data": ("noise", "svhn=nowhere")}, "out_of_distribution cannot .* there is no folder of svhn=nowhere"),
+        ({"spuriosity": "/nowhere.csv"}, "metric spuriosity cannot be measured: there is no file /nowhere.csv"),
+        ({"ood_data": ("noise", "svhn=/nowhere")}, "out_of_distribution cannot .* there is no folder of svhn=/nowhere"),
     ],
 )
 def test_files_that_are_named_and_missing_fail_before_any_work(

@@ -11,9 +11,10 @@ import torch
 from rds_fast.evaluation import record
 from rds_fast.evaluation.metrics import METRICS
 from rds_fast.evaluation.results import Curve, Evaluation, Results, merged
-from rds_fast.evaluation.samples import batches_of, drawn, fingerprint
+from rds_fast.evaluation.samples import batches_of, drawn
 from rds_fast.evaluation.settings import FIELDS, EvaluationSettings
 from rds_fast.training import Images, TrainingConfig
+from rds_fast.training.data import fingerprint
 
 
 def evaluation() -> Evaluation:
@@ -47,7 +48,7 @@ def test_a_record_comes_back_from_json_as_it_was() -> None:
     assert record.Record.from_json(json.loads(text)) == whole
     assert set(json.loads(text)) == {
         *("scalars", "curves", "tables", "notes", "samples", "seconds"),
-        *("split", "fingerprint", "settings", "training", "device", "versions"),
+        *("split", "fingerprint", "settings", "training", "device", "versions", "identity"),
     }
 
 

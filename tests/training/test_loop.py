@@ -288,6 +288,19 @@ def test_a_student_matches_its_teacher(splits: Splits, tmp_path: Path) -> None:
         train(absent, tmp_path / "other", quiet=True, splits=splits)
 
 
+def test_a_teacher_may_move_and_not_change(splits: Splits, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        train(dataclasses.replace(SMALL, seed=seed, steps=1), tmp_path / f"{seed}", quiet=True, splits=splits)
+    config = dataclasses.replace(SMALL, objective="gradient-matching", teacher=str(tmp_path / "0"), steps=1)
+    train(config, tmp_path / "student", quiet=True, splits=splits)
+    moved = dataclasses.replace(config, teacher=str((tmp_path / "0").rename(tmp_path / "moved")))
+    train(moved, tmp_path / "student", resume=True, quiet=True, splits=splits)
+    assert runs.read_config(tmp_path / "student").teacher == str(tmp_path / "moved")
+    other = dataclasses.replace(config, teacher=str(tmp_path / "1"))
+    with pytest.raises(ValueError, match=r"cannot be resumed: the weights in .* are not those of its teacher"):
+        train(other, tmp_path / "student", resume=True, quiet=True, splits=splits)
+
+
 def test_runs_of_before_they_described_their_data(splits: Splits, tmp_path: Path) -> None:
     """Only the MNIST family was there then, and none of the settings since: the model loads, the run goes on."""
     run = tmp_path / "run"

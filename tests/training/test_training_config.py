@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rds_fast.training import TrainingConfig
+from rds_fast.training import TrainingConfig, config
 
 
 def test_defaults_are_those_of_the_demo() -> None:
@@ -201,3 +202,17 @@ def test_an_accuracy_to_hold_is_one() -> None:
         TrainingConfig(weight_schedule="accuracy-budget", weight_target=90)
     with pytest.raises(ValueError, match="weight is 0 and weight_schedule is 'penalty-ratio', which adapts it by fact"):
         TrainingConfig(weight_schedule="penalty-ratio", weight_target=0.1, weight=0)
+
+
+def test_every_setting_says_whether_it_belongs_to_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting of the place may differ where a run goes on; a path is kept as what it meant."""
+    assert set(config.PATHS) == {"data_root", "teacher"}
+    assert set(config.PLACE) == {
+        *("data_root", "teacher", "download", "device", "threads", "workers", "log_interval", "checkpoint_interval")
+    }
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    made = TrainingConfig(data="svhn", data_root="here", teacher="~/there")
+    assert (made.data_root, made.teacher) == (str(tmp_path / "here"), "/home/someone/there")
+    assert made.differences(TrainingConfig(data="svhn", data_root="/x", log_interval=3)) == {}
+    assert made.differences(TrainingConfig(data="svhn", data_root="/x", lr=0.5)) == {"lr": (0.001, 0.5)}

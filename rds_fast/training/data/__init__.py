@@ -14,7 +14,7 @@ from ..names import check_name
 from . import celeba, cifar, digits, flowers, gtsrb, image_folder, sources, svhn, synthetic, tiny_imagenet, waterbirds
 from .augmentation import AUGMENTATIONS, NO_AUGMENTATION, Augmentation, named_augmentation
 from .image_files import ImageFiles, image_files
-from .images import BLOCK, Batch, Images, Split, Splits, in_unit_interval
+from .images import BLOCK, Batch, Images, Split, Splits, fingerprint, in_unit_interval
 from .randomness import epoch_order
 from .sources import Request, Source, few
 from .spuriosity import read_spuriosity
@@ -32,6 +32,7 @@ __all__ = [
     "Splits",
     "check_root",
     "epoch_order",
+    "fingerprint",
     "image_files",
     "image_shape",
     "in_unit_interval",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
@@ -170,3 +171,14 @@ class Splits(NamedTuple):
 def in_unit_interval(images: Tensor) -> Tensor:
     """Images as a model takes them: bytes become float32 in [0, 1], floats stay as they are."""
     return images if images.is_floating_point() else images.float() / 255.0
+
+
+def fingerprint(split: Split) -> str:
+    """A digest that tells splits apart: of all labels, and of the pixels of 16 samples spread over the split.
+
+    Two runs whose splits differ in it saw different samples, whatever their settings say.
+    """
+    digest = hashlib.sha256(split.labels.cpu().numpy().tobytes())
+    spread = torch.linspace(0, len(split) - 1, min(16, len(split))).long().unique().to(split.index_device)
+    digest.update(split.take(spread).images.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
