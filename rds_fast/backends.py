@@ -174,12 +174,17 @@ def select(x: Tensor, native_on: tuple[str, ...] = ("cpu", "cuda"), *, has_kerne
     return requested
 
 
+def in_transformation() -> bool:
+    """Whether a transformation of ``torch.func`` is at work."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
 def select_for_layer(x: Tensor, *, has_kernels: bool = True) -> str:
     """As ``select``, for an operation of a network's layers: native kernels on CPU, Triton on GPUs.
 
     Inside a transformation of ``torch.func`` it is the reference too: these operations have no batching rules.
     """
-    if torch._C._functorch.maybe_current_level() is not None:
+    if in_transformation():
         return "reference"
     return select(x, native_on=LAYERS_NATIVE_ON, has_kernels=has_kernels)
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from .backends import PLAIN_TENSORS, runs_plainly
+from .backends import PLAIN_TENSORS
 from .compilation import pause_compiling, resume_compiling, uncompiled_alone
 from .ops import activation, concatenation, convolution, pooling
 from .ops.batch_norm import batch_norm
@@ -62,7 +63,9 @@ class fast_double_backward(TorchFunctionMode):
         replacement = replacement_of(func)
         if replacement is None and not _is_functional(func):  # nearly all calls: the attributes of tensors among them
             return func(*args, **kwargs)
-        if not (torch.is_grad_enabled() and PLAIN_TENSORS.issuperset(types)):  # a subclass has its own ways
+        # nobody asks for a derivative; or a subclass has its own ways
+        differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        if not (differentiated and PLAIN_TENSORS.issuperset(types)):
             return func(*args, **kwargs)
         if replacement is None:
             with self:
@@ -173,8 +176,11 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """PyTorch's composition of matrix products and a softmax, which it can differentiate to any order."""
-    if runs_plainly(query):
+    """PyTorch's composition of matrix products and a softmax, which it can differentiate to any order.
+
+    But not under the compiler's tracer: what it compiles is differentiated once, of which the fused forms are capable.
+    """
+    if torch.compiler.is_compiling():
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )

@@ -1,8 +1,10 @@
 """The specification: each operation in plain PyTorch.
 
-Every function here is a composition of differentiable PyTorch operations, so autograd derives it to any order, on any
-device and dtype. The fused implementations are checked against these functions in float64; where one disagrees, it is
-wrong. 16-bit inputs are computed in float32, float32 inputs in float32, float64 inputs in float64.
+Every function here is a composition of PyTorch operations whose derivatives are right at every order, in reverse mode,
+in forward mode and in any nesting of the two, on any device and dtype. PyTorch's own batch norm in train mode, instance
+norm and layer norm are not: their third derivatives, and forward mode within forward mode, are wrong without an error.
+The fused implementations are checked against these functions in float64; where one disagrees, it is wrong. 16-bit
+inputs are computed in float32, float32 inputs in float32, float64 inputs in float64.
 """
 
 from __future__ import annotations
@@ -81,10 +83,84 @@ def gradient_norm(gradient: Tensor, p: float = 2.0, power: float = 1.0) -> Tenso
     return torch.where(zero, 0.0, torch.where(zero, 1.0, norm).pow(power)).to(gradient.dtype)
 
 
-# The activations are PyTorch's own. Two can work in place by another name only; hardsigmoid it differentiates once.
+def _normalise(
+    x: Tensor, dims: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...], eps: float
+) -> Tensor:
+    """``(x − mean) / sqrt(variance + eps) · weight + bias``: mean and variance over ``dims``, parameters as ``shape``."""
+    dtype = accumulation_dtype(x.dtype)
+    deviation = x.to(dtype)
+    deviation = deviation - deviation.mean(dims, keepdim=True)
+    scale = (deviation.square().mean(dims, keepdim=True) + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight.to(dtype).view(shape)
+    y = deviation * scale
+    return (y if bias is None else y + bias.to(dtype).view(shape)).to(x.dtype)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``torch.nn.functional.batch_norm``. PyTorch's own is right at every order in eval mode."""
+    if not training or input.numel() == 0:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    with torch.no_grad():  # for its errors and the running statistics, which nobody else may write inside torch.func
+        F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    dims = (0, *range(2, input.dim()))
+    return _normalise(input, dims, weight, bias, (-1, *[1] * (input.dim() - 2)), eps)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: tuple[int, ...],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``torch.nn.functional.layer_norm``, of arguments that are valid there."""
+    return _normalise(input, tuple(range(-len(normalized_shape), 0)), weight, bias, normalized_shape, eps)
+
+
+def group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """``torch.nn.functional.group_norm``, of arguments that are valid there."""
+    grouped = input.unflatten(1, (num_groups, -1))
+    dims = tuple(range(2, grouped.dim()))
+    shape = (num_groups, -1, *[1] * (input.dim() - 2))
+    return _normalise(grouped, dims, weight, bias, shape, eps).flatten(1, 2)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``torch.nn.functional.instance_norm``, of arguments that are valid there."""
+    if not use_input_stats:  # batch norm's eval mode
+        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    if running_mean is not None:
+        with torch.no_grad():  # for the running statistics
+            F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return group_norm(input, input.shape[1], weight, bias, eps)
+
+
+# The activations are PyTorch's own. Two can work in place by another name only; hardsigmoid it differentiates once, and
+# celu with a 1/alpha that was rounded to float32.
 relu, leaky_relu, hardtanh, relu6 = F.relu, F.leaky_relu, F.hardtanh, F.relu6
 gelu, silu, mish, softplus, hardswish = F.gelu, F.silu, F.mish, F.softplus, F.hardswish
-elu, selu, celu = F.elu, F.selu, F.celu
+elu, selu = F.elu, F.selu
 
 
 def sigmoid(input: Tensor, inplace: bool = False) -> Tensor:
@@ -103,3 +179,12 @@ def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
         return input.copy_(hardsigmoid(input.clone()))
     x = input.to(accumulation_dtype(input.dtype))
     return (F.hardtanh(x, -3.0, 3.0) / 6 + 0.5).to(input.dtype)
+
+
+def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    """``input`` where positive, ``alpha · (exp(input/alpha) − 1)`` else, of differentiable operations."""
+    if inplace:
+        return input.copy_(celu(input.clone(), alpha))
+    x = input.to(accumulation_dtype(input.dtype))
+    negative = torch.where(x > 0, 0.0, x)  # where the other branch is taken, nothing overflows
+    return torch.where(x > 0, x, alpha * torch.expm1(negative / alpha)).to(input.dtype)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import reference
 from ..backends import select_for_layer
 from .function import Function
 from .logsumexp import full_precision
@@ -162,17 +163,24 @@ class ActivationDoubleBackward(Function):
         raise third_derivative(f"the activation {ctx.activation}")
 
 
-def _activate(input: Tensor, kind: Kind, function: Callable[[Tensor], Tensor], inplace: bool = False) -> Tensor:
+def _activate(
+    input: Tensor,
+    kind: Kind,
+    function: Callable[[Tensor], Tensor],
+    inplace: bool = False,
+    plain: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """f(input) with our derivatives, or with PyTorch's where they are as good or ours do not serve.
 
-    ``function`` is PyTorch's operation; it overwrites its argument if ``inplace``.
+    ``function`` is PyTorch's operation, and ``plain`` the specification, if it is another; either overwrites its argument
+    if ``inplace``.
     """
+    if not records_gradient(input):
+        return function(input)
     # 0-d tensors have no rows for the batching rule.
-    if not records_gradient(input) or input.dim() == 0 or input.numel() == 0:
-        return function(input)
-    backend = select_for_layer(input)
+    backend = select_for_layer(input) if input.dim() and input.numel() else "reference"
     if backend == "reference" or (inplace and not can_overwrite(input)):
-        return function(input)
+        return (plain or function)(input)
     if not _is_dense(input):
         if inplace:
             return function(input)
@@ -237,7 +245,13 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """
     if alpha == 0:
         return F.celu(input, alpha, inplace)  # PyTorch's error
-    return _activate(input, Kind("elu", float(alpha), 1.0 / float(alpha)), lambda x: F.celu(x, alpha, inplace), inplace)
+    return _activate(
+        input,
+        Kind("elu", float(alpha), 1.0 / float(alpha)),
+        lambda x: F.celu(x, alpha, inplace),
+        inplace,
+        lambda x: reference.celu(x, float(alpha), inplace),
+    )
 
 
 def sigmoid(input: Tensor, inplace: bool = False) -> Tensor:

@@ -29,10 +29,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..backends import select_for_layer
+from .. import reference
+from ..backends import in_transformation, select_for_layer
 from ..reference import accumulation_dtype
 from . import deferral
 from .aliases import offer_alias, take_alias
@@ -271,9 +271,14 @@ class BatchNormDoubleBackward(Function):
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The format of the kernels that is nearest to x: channels-last if x is dense in it alone, else contiguous."""
+    """The format of the kernels that is nearest to x: channels-last if x is dense in it alone, else contiguous.
+
+    Inside a transformation of ``torch.func`` it is contiguous: vmap cannot tell of another.
+    """
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if channels_last is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
+    if channels_last is None or x.is_contiguous() or in_transformation():
+        return torch.contiguous_format
+    if not x.is_contiguous(memory_format=channels_last):
         return torch.contiguous_format
     return channels_last
 
@@ -302,7 +307,7 @@ def batch_norm(
     """``torch.nn.functional.batch_norm`` and, in the same pass, ``+ residual`` and ReLU.
 
     Differentiable twice in reverse mode; a third derivative raises. Where the fused operation does not apply (no kernel
-    for the device, transformations of ``torch.func``, empty input) PyTorch's own functions run, one after the other.
+    for the device, transformations of ``torch.func``, forward mode) the plain formula runs, which has all orders.
 
     Args:
         input: (N, C, ...); float64, float32, bfloat16 or float16. Statistics and sums are kept in float32 (float64 for
@@ -339,7 +344,8 @@ def batch_norm(
         )
     backend = select_for_layer(input)
     if backend == "reference" or not _has_kernel(input, running_mean, running_var, weight, bias, training, eps):
-        y = functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        x = input.contiguous(memory_format=memory_format(input))
+        y = reference.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         y = y if residual is None else y + residual
         return torch.relu(y) if relu else y
     x = input.contiguous(memory_format=memory_format(input))

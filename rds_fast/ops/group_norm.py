@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .. import reference
 from ..backends import select_for_layer
 from ..reference import accumulation_dtype
 from .batch_norm import memory_format
@@ -201,7 +202,7 @@ def layer_norm(
     """Normalisation over the last dimensions (Ba, Kiros & Hinton 2016).
 
     The contract is ``torch.nn.functional.layer_norm``'s, errors and autocast included. Differentiable twice in reverse
-    mode (a third derivative raises); what the kernels do not cover runs in PyTorch.
+    mode (a third derivative raises); where no kernel runs, the plain formula does, which has all orders.
 
     Args:
         input: (..., *normalized_shape); float64, float32, bfloat16 or float16. Copied if it is not contiguous.
@@ -215,13 +216,14 @@ def layer_norm(
         autocast. Sums are kept in float32 (float64 for float64).
     """
     input, weight, bias = _under_autocast("layer_norm", input, weight, bias)
-    backend = "reference"
-    if isinstance(normalized_shape, tuple | list) and len(normalized_shape) > 0:
-        shape = tuple(normalized_shape)
-        if isinstance(input, Tensor) and input.shape[-len(shape) :] == shape:
-            backend = _select(input, shape, weight, bias)
-    if backend == "reference":
+    shape = tuple(normalized_shape) if isinstance(normalized_shape, tuple | list) else ()
+    if not (shape and isinstance(input, Tensor) and input.shape[-len(shape) :] == shape) or not _is_covered(
+        input, shape, weight, bias
+    ):
         return functional.layer_norm(input, normalized_shape, weight, bias, eps)
+    backend = select_for_layer(input)
+    if backend == "reference":
+        return reference.layer_norm(input.contiguous(), shape, weight, bias, eps)
     rows = input.contiguous().view(-1, math.prod(shape), 1)
     return _normalise(rows, weight, bias, 1, eps, backend)[0].view(input.shape)
 
@@ -236,7 +238,7 @@ def group_norm(
     """Normalisation over groups of channels of each sample (Wu & He 2018).
 
     The contract is ``torch.nn.functional.group_norm``'s, errors and autocast included. Differentiable twice in reverse
-    mode (a third derivative raises); what the kernels do not cover runs in PyTorch.
+    mode (a third derivative raises); where no kernel runs, the plain formula does, which has all orders.
 
     Args:
         input: (N, C, ...); float64, float32, bfloat16 or float16. Copied if it is not contiguous.
@@ -250,14 +252,17 @@ def group_norm(
         a sample; as ``input``, in its memory format; float32 for a 16-bit input under CUDA's autocast.
     """
     input, weight, bias = _under_autocast("group_norm", input, weight, bias)
-    backend = "reference"
-    if isinstance(input, Tensor) and input.dim() >= 2 and isinstance(num_groups, int) and num_groups > 0:
+    covered = isinstance(input, Tensor) and input.dim() >= 2 and isinstance(num_groups, int) and num_groups > 0
+    if covered:
         N, C, *spatial = input.shape
         # PyTorch refuses to normalise a single value a channel, by its own count of them.
-        if C % num_groups == 0 and (N * C // num_groups) * math.prod(spatial) != 1:
-            backend = _select(input, (C,), weight, bias)
-    if backend == "reference":
+        covered = C % num_groups == 0 and (N * C // num_groups) * math.prod(spatial) != 1
+    if not (covered and _is_covered(input, (C,), weight, bias)):
         return functional.group_norm(input, num_groups, weight, bias, eps)
+    backend = select_for_layer(input)
+    if backend == "reference":
+        x = input.contiguous(memory_format=memory_format(input))
+        return reference.group_norm(x, num_groups, weight, bias, eps)
     y = _normalise(_channels(input), weight, bias, num_groups, eps, backend)[0]
     return y.view(input.shape).contiguous(memory_format=memory_format(input))
 
@@ -275,7 +280,8 @@ def instance_norm(
     """Normalisation of each channel of each sample (Ulyanov, Vedaldi & Lempitsky 2016).
 
     The contract is ``torch.nn.functional.instance_norm``'s, errors included. Differentiable twice in reverse mode (a
-    third derivative raises); what the kernels do not cover, ``use_input_stats=False`` among it, runs in PyTorch.
+    third derivative raises); where no kernel runs, the plain formula does, which has all orders. ``use_input_stats=False``
+    is PyTorch's own.
 
     Args:
         input: (N, C, ...); float64, float32, bfloat16 or float16. Copied if it is not contiguous.
@@ -290,15 +296,20 @@ def instance_norm(
     Returns:
         (input − mean) / sqrt(variance + ε) · weight + bias, contiguous, in the dtype of ``input``.
     """
-    backend = "reference"
+    arguments = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     tracked = running_mean is not None
+    covered = use_input_stats and tracked == (running_var is not None) and isinstance(input, Tensor) and input.dim() >= 3
     # A single value a channel is an error, and one running statistic without the other too.
-    if use_input_stats and tracked == (running_var is not None) and isinstance(input, Tensor) and input.dim() >= 3:
-        C = input.shape[1]
-        if math.prod(input.shape[2:]) != 1:
-            backend = _select(input, (C,), weight, bias, running_mean, running_var)
+    if not (
+        covered
+        and math.prod(input.shape[2:]) != 1
+        and _is_covered(input, input.shape[1:2], weight, bias, running_mean, running_var)
+    ):
+        return functional.instance_norm(input, *arguments)
+    backend = select_for_layer(input)
     if backend == "reference":
-        return functional.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+        return reference.instance_norm(input.contiguous(), *arguments)
+    C = input.shape[1]
     x = _channels(input)
     y, mean, rstd = _normalise(x, weight, bias, C, eps, backend)
     if running_mean is not None and running_var is not None:
@@ -309,11 +320,11 @@ def instance_norm(
     return y.view(input.shape)
 
 
-def _select(input: Tensor, shape: tuple[int, ...], *parameters: Tensor | None) -> str:
-    """The backend, if the kernels cover these arguments; else "reference", where PyTorch's own checks speak."""
+def _is_covered(input: Tensor, shape: tuple[int, ...], *parameters: Tensor | None) -> bool:
+    """Whether the kernels and the plain formula cover these arguments; else PyTorch's own checks are to speak."""
     given = [parameter for parameter in parameters if parameter is not None]
     dtype = input.dtype
-    covered = (
+    return (
         dtype in DTYPES
         and input.layout == torch.strided
         and input.numel() > 0
@@ -324,7 +335,6 @@ def _select(input: Tensor, shape: tuple[int, ...], *parameters: Tensor | None) -
             or (input.device.type == "cpu" and all(p.dtype == accumulation_dtype(dtype) for p in given))
         )
     )
-    return select_for_layer(input) if covered else "reference"
 
 
 @functools.cache

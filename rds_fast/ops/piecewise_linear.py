@@ -17,9 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import reference
-from ..backends import runs_plainly
+from ..backends import in_transformation, runs_plainly
 from .function import Function
 from .inputs import DTYPES
 from .registration import derivative
@@ -31,8 +32,15 @@ Slope = Callable[[Tensor, Tensor], Tensor]
 
 
 def records_gradient(input: Tensor) -> bool:
-    """Whether ``input`` needs a derivative of ours: gradients are recorded, for a dtype that we serve."""
-    return isinstance(input, Tensor) and input.requires_grad and torch.is_grad_enabled() and input.dtype in DTYPES
+    """Whether ``input`` may need a derivative of ours: of a dtype that we serve, where any is recorded or taken.
+
+    In forward mode and inside a transformation of ``torch.func`` a tensor does not tell.
+    """
+    if not (isinstance(input, Tensor) and input.dtype in DTYPES):
+        return False
+    if forward_ad._current_level >= 0 or in_transformation():
+        return True
+    return input.requires_grad and torch.is_grad_enabled()
 
 
 def can_overwrite(input: Tensor) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..backends import PLAIN_TENSORS
 from .function import Function
@@ -95,6 +96,8 @@ def register(file: str, schema: str, fake: Callable[..., Any], *, row_wise: bool
         torch.library.register_vmap(qualified_name, functools.partial(_run_batched, operation), lib=_library)
 
     def call(*arguments: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(arguments)
         return run(*arguments) if _is_unwatched(arguments) else operation(*arguments)
 
     return call
@@ -119,6 +122,23 @@ def _is_unwatched(arguments: tuple[Any, ...]) -> bool:
         elif kind not in _NUMBERS:
             return False
     return True
+
+
+def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
+    """Raise if an argument may have a tangent of forward mode, which a fused operation would drop without a word.
+
+    A forward inside forward mode runs the plain formula; what comes here is the backward of a forward before it. Of what
+    a transformation of ``torch.func`` wraps, nobody can tell whether it has a tangent.
+    """
+    for argument in arguments:
+        if isinstance(argument, Tensor) and (
+            torch._C._functorch.is_functorch_wrapped_tensor(argument)
+            or forward_ad.unpack_dual(argument).tangent is not None
+        ):
+            raise RuntimeError(
+                "a backward of rds_fast was given a tangent of forward mode, and the fused operations have none; run the "
+                "forward inside forward mode as well, or under rds_fast.use_backend('reference')"
+            )
 
 
 def _run_mutating(operation: Any, refuse: Callable[..., None], *arguments: Any) -> Any:
@@ -164,10 +184,12 @@ def derivative(function: type[Function], *arguments: Any) -> Any:
 
     Raises:
         RuntimeError: inside ``torch.autograd.grad(..., is_grads_batched=True, create_graph=True)``, whose vmap drops
-            the graph of every autograd Function without a word.
+            the graph of every autograd Function without a word; or an argument has a tangent of forward mode.
     """
     if not torch.is_grad_enabled():
         return function.forward(*arguments)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(arguments)
     if torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_OF_AUTOGRAD):
         raise RuntimeError(
             "a backward of rds_fast ran in torch.autograd.grad with is_grads_batched=True and create_graph=True, where "

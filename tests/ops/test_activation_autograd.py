@@ -100,8 +100,6 @@ def test_batched_cotangents(name: str, fused_backend: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_transformations_of_torch_func(name: str, backend: str) -> None:
-    if name.startswith("celu"):
-        pytest.skip("left to PyTorch, which holds 1/alpha rounded to float32")
     x = smooth_points()
 
     def second(function: Any) -> Tensor:
