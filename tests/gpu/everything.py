@@ -195,7 +195,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     most = max(1, min(14, (os.cpu_count() or 1) - 2))  # each holds some GiB of memory, on the host and on the GPU
     parser.add_argument("--parts", type=int, default=most, help=f"processes for the tests; default here: {most}")
-    parser.add_argument("--only", choices=["tests", "benches"], help="default: the tests, then the benches")
+    names = ["tests", "benches", *(bench.name for bench in BENCHES)]
+    parser.add_argument("--only", nargs="+", choices=names, default=["tests", "benches"], help="default: tests benches")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="gets the log and the CSVs as each part ends")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="for everything; default: none")
     arguments = parser.parse_args()
@@ -205,11 +206,11 @@ def main() -> int:
     run = Run(arguments.deadline, arguments.output)
     run.side_by_side([BUILD])
     run.side_by_side([DOCTOR])
-    if arguments.only != "benches":
+    if "tests" in arguments.only:
         run.side_by_side(tests(arguments.parts), reserve=LARGE_TESTS.least + GRACE)
         run.side_by_side([LARGE_TESTS])
-    if arguments.only != "tests":
-        for bench in BENCHES:
+    for bench in BENCHES:
+        if not {"benches", bench.name}.isdisjoint(arguments.only):
             run.side_by_side([bench])
     print(run.summary())
     if run.output is not None:
