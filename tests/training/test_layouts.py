@@ -381,12 +381,39 @@ def test_a_list_may_be_ambiguous(tmp_path: Path) -> None:
     assert len(load("waterbirds", root).train) == 4
 
 
+def test_names_may_lead_out_of_the_root(tmp_path: Path) -> None:
+    root = data_files.waterbirds(tmp_path / "root")
+    expected = load("waterbirds", root)
+    metadata = root / BIRDS / "metadata.csv"
+    (root / BIRDS / "000.Bird/Bird_0.jpg").rename(tmp_path / "a.jpg")
+    (root / BIRDS / "001.Bird/Bird_1.jpg").rename(tmp_path / "b.jpg")
+    text = metadata.read_text().replace("000.Bird/Bird_0.jpg", "../../a.jpg")
+    metadata.write_text(text.replace("001.Bird/Bird_1.jpg", str(tmp_path / "b.jpg")))
+    assert same(load("waterbirds", root), expected)
+
+
+def rename(path: Path, name: bytes) -> None:
+    try:
+        os.rename(path, os.fsencode(path.parent) + b"/" + name)
+    except OSError:
+        pytest.skip("this disk holds names in UTF-8 alone")
+
+
+def test_classes_may_be_called_in_an_old_encoding(tmp_path: Path) -> None:
+    root = folder(tmp_path)
+    for split in ("train", "val"):
+        rename(root / split / "blue", b"b\xe9ton")
+    splits = load("imagefolder", root)
+    assert splits.train.class_names == ("béton", "green", "red")
+    assert splits.train.images.float().mean((2, 3)).argmax(1)[:4].tolist() == [2, 2, 2, 2]
+
+
 def test_names_of_other_systems_are_found(tmp_path: Path) -> None:
     """Backslashes of Windows; accents apart from their letters, as macOS writes them; names in Latin-1 on the disk."""
     root = data_files.waterbirds(tmp_path)
     bird, metadata = root / BIRDS / "000.Bird", root / BIRDS / "metadata.csv"
     (bird / "Bird_0.jpg").rename(bird / "Vo\u0308gel_0.jpg")
-    os.rename(root / BIRDS / "001.Bird/Bird_1.jpg", os.fsencode(root / BIRDS / "001.Bird") + b"/V\xf6gel_1.jpg")
+    rename(root / BIRDS / "001.Bird/Bird_1.jpg", b"V\xf6gel_1.jpg")
     text = metadata.read_text().replace("000.Bird/Bird_0", r"000.Bird\Vögel_0")
     metadata.write_text(text.replace("001.Bird/Bird_1", "001.Bird/Vögel_1"), encoding="utf-8")
     splits = load("waterbirds", root)

@@ -40,9 +40,9 @@ def read_picture(path: str, transform: Transform) -> Tensor:
             with pillow.open(path) as image:
                 image.load()  # before the EXIF data: PNG may have them at its end, and TIFF is turned by the loading
                 return transform(_upright(_in_colour(image, pillow), _orientation(image), pillow))
-    except (
-        Exception
-    ) as error:  # beside OSError, ValueError, SyntaxError: struct.error, MemoryError, what not, by the format
+    except ImportError:
+        raise
+    except Exception as error:  # each format has its own, such as OSError, SyntaxError, struct.error and MemoryError
         too_large = isinstance(error, (pillow.DecompressionBombError, MemoryError))
         remedy = "scale it down" if too_large else "replace"
         reason = str(error) or type(error).__name__

@@ -131,19 +131,21 @@ def listed(
     means: dict[str, str] = {}
     for loosely, known in ((False, Files(found)), (True, Files(pictures(found)))):
         taken = set(means.values())
-        for name in names:
-            if name in means:
-                continue
+        for name in (name for name in names if name not in means):
             there = [path for path in known.ending_in(name, loosely) if not (loosely and path in taken)]
             exact = os.path.join(folder, name)
-            if len(there) > 1 and exact not in there:
+            if exact in there or (not there and os.path.isfile(exact)):  # the second: in no folder below this one
+                there = [exact]
+            if len(there) > 1:
                 raise source.damaged(table, f"names {name}, and {few(there)} end so", "names that tell the files apart")
             if there:
-                means[name] = exact if exact in there else there[0]
-                taken.add(means[name])
+                means[name] = there[0]
+                taken.add(there[0])
     absent = [name for name in names if name not in means]
-    if absent or not names:
-        raise source.missing([folder / name for name in absent] or [folder], root)
+    if absent:
+        raise source.missing([folder / name for name in absent], root)
+    if not names:
+        raise source.damaged(table, "names no image", f"a line for each image in {folder}")
     taken, shapes = set(means.values()), set(map(_shape, means.values()))
     unlisted = [path for path in found if path not in taken and _shape(path) in shapes]
     if complete and unlisted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from .files import child, counted, files, folders, pictures, say_passed_over
 from .image_files import ImageFiles, image_files, middle_crop
 from .images import Splits
+from .lists import decode
 from .sources import Request, Source, few
 
 # What the folder of each split may be called; capitals do not matter.
@@ -52,25 +54,24 @@ def load(request: Request) -> Splits:
 
 def _listed(folder: Path, request: Request, passed_over: Counter[str]) -> ImageFiles:
     """The pictures of each class; ``passed_over`` counts the other files."""
-    classes = folders(folder, passed_over)
+    classes = {decode(os.fsencode(each.name)): each for each in folders(folder, passed_over)}
     if not classes:
         raise FileNotFoundError(f"{folder} holds no folders; expected one for each class, with its images in it")
-    others: list[Counter[str]] = [Counter() for _ in classes]
-    paths = [pictures(files(each), beside) for each, beside in zip(classes, others, strict=True)]
-    empty = [label for label, of_class in enumerate(paths) if not of_class]
+    names, others = sorted(classes), {name: Counter[str]() for name in classes}
+    paths = {name: pictures(files(classes[name]), others[name]) for name in names}
+    empty = [name for name in names if not paths[name]]
     if empty:
-        there = sum((others[label] for label in empty), Counter[str]())
+        there = sum((others[name] for name in empty), Counter[str]())
         raise FileNotFoundError(
-            f"{folder} holds no images of {few([classes[label].name for label in empty])}; expected files ending in "
-            ".jpg, .jpeg, .png or as others do that Pillow reads"
-            + (f", and there are {counted(there)}" if there else "")
+            f"{folder} holds no images of {few(empty)}; expected files ending in .jpg, .jpeg, .png or as others that "
+            "Pillow reads" + (f", and there are {counted(there)}" if there else "")
         )
-    passed_over.update(sum(others, Counter[str]()))
+    passed_over.update(sum(others.values(), Counter[str]()))
     size = request.image_size
     return image_files(
-        [path for of_class in paths for path in of_class],
-        [label for label, of_class in enumerate(paths) for _ in of_class],
-        [each.name for each in classes],
+        [path for name in names for path in paths[name]],
+        [label for label, name in enumerate(names) for _ in paths[name]],
+        names,
         size,
         middle_crop(size),
         request.workers,

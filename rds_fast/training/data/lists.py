@@ -68,24 +68,26 @@ def read_table(path: Path, columns: Sequence[str], damaged: Damaged) -> list[Row
         damaged: makes the error.
 
     Raises:
-        ValueError: a column is missing, or a line holds fewer or more values than the first, or quotes that do not end.
+        ValueError: a column is missing; a line holds fewer or more values than the first, none of a column that is
+            needed, or quotes that do not end.
     """
     content = read_text(path)
     first = next((line for line in content.split("\n") if line.strip()), "")
-    delimiter = max(",;\t", key=lambda mark: len({*columns} & {*_fields(first, mark)}))
-    absent = [column for column in columns if column not in _fields(first, delimiter)]
+    delimiter = max(",;\t", key=lambda mark: len({*columns} & {part.strip(' "') for part in first.split(mark)}))
+    (_, header), *lines = [*_lines_of(content, delimiter, damaged)] or [(0, [])]
+    absent = [column for column in columns if column not in header]
     if absent:
-        found = f"lacks the column {', '.join(absent)}" if first else "is empty"
+        found = f"lacks the column {', '.join(absent)}" if header else "is empty"
         raise damaged(found, f"columns {', '.join(columns)}, named by the first line")
-    (_, header), *rows = _lines_of(content, delimiter, damaged)
-    for line, fields in rows:
+    rows = []
+    for line, fields in lines:
         if len(fields) < len(header) or any(fields[len(header) :]):
             raise damaged(f"holds {len(fields)} values in line {line}", f"{len(header)}, as its first line names")
-    return [Row(line, dict(zip(header, fields, strict=False))) for line, fields in rows]
-
-
-def _fields(line: str, delimiter: str) -> list[str]:
-    return [field.strip().strip('"') for field in line.split(delimiter)]
+        rows.append(Row(line, dict(zip(header, fields, strict=False))))
+        empty = [column for column in columns if not rows[-1].values[column]]
+        if empty:
+            raise damaged(f"holds no {', '.join(empty)} in line {line}", f"values of {', '.join(columns)}")
+    return rows
 
 
 def _lines_of(content: str, delimiter: str, damaged: Damaged) -> Iterator[tuple[int, list[str]]]:
