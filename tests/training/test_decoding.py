@@ -59,6 +59,13 @@ def tags(number: int, value: int) -> Any:
     return directory
 
 
+def tiff_of_twelve_bits() -> bytes:
+    """A row of black and white, which Pillow reads and does not write."""
+    entries = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: 1, 279: 3}
+    directory = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in entries.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + struct.pack("<I", 0) + b"\x00\x0f\xff"
+
+
 GREY = Image.fromarray(BYTES)
 WORD = Image.fromarray(WORDS)
 BIG_ENDIAN = Image.frombytes("I;16B", (8, 8), WORDS.astype(">u2").tobytes())
@@ -104,6 +111,10 @@ def test_a_ramp_of_grey_arrives_in_every_mode(write: Callable[[Path], Path], tmp
 )
 def test_colours_arrive(write: Callable[[Path], Path], tolerance: int, tmp_path: Path) -> None:
     assert np.abs(read(write(tmp_path)).astype(int) - COLOURS).max() <= tolerance
+
+
+def test_twelve_bits_arrive(tmp_path: Path) -> None:
+    assert read(content("0.tif", tiff_of_twelve_bits())(tmp_path))[0, :, 1].tolist() == [0, 255]
 
 
 def test_black_and_white(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import data_files
 import image_files
 import pytest
 import torch
+from idx_files import write_set
 
 from rds_fast.evaluation.other_data import load_like
 from rds_fast.training import Images, Splits, data
@@ -292,6 +293,14 @@ def test_the_same_data_in_another_layout(
     expected = load(name, root)
     change(root)
     assert same(load(name, root / "tiny" if (root / "tiny").exists() else root), expected)
+
+
+@pytest.mark.parametrize("root", ["", "MNIST", "MNIST/raw"])
+def test_digits_where_torchvision_keeps_them(root: str, tmp_path: Path) -> None:
+    write_set(tmp_path / "MNIST/raw")
+    for path in list((tmp_path / "MNIST/raw").iterdir()):
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    assert [len(split) for split in data.load("mnist", tmp_path / root)] == [220, 20, 40]
 
 
 PICTURES = ("waterbirds", "celeba-hair", "gtsrb", "tiny-imagenet", "flowers102")

