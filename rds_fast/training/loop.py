@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..penalties.loss import LossTerms
 from . import checkpoints, data, runs
 from .accuracy import evaluate_accuracy
-from .checks import check_model
+from .checks import check_batch_norm, check_model
 from .config import TrainingConfig
 from .devices import cpu_threads, peak_memory_bytes, reset_peak_memory, resolve_device
 from .display import Display
@@ -141,6 +141,7 @@ class _Run:
         normalization = channel_statistics(self.training) if config.normalize else None
         self.state = TrainingState(config, device, self.training.classes, self.objective, normalization)
         check_model(self.state.model, config, device)
+        check_batch_norm(config, len(self.training), self.training.classes)
         self.total_steps = config.total_steps(self.steps_per_epoch)
         self.display = Display(math.ceil(self.total_steps / self.steps_per_epoch), self.total_steps, quiet)
         self.uncollected: list[Tensor] = []  # the losses of the last steps, so that not every step waits for the GPU
