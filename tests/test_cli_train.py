@@ -262,6 +262,43 @@ def test_errors_of_use_are_one_line(tmp_path: Path, call: Call, arguments: tuple
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        (("--train-size", 33), "A batch_size of 9 has none such"),
+        (("--train-size", 35, "--accumulate", 4), "A batch_size of 12 has none such"),  # the last three are 2 and 1
+        (("--train-size", 32, "--accumulate", 8), "A batch_size of 16 has none such"),
+        (("--train-size", 32, "--penalty-share", 0.15), "A batch_size of 11 has none such"),
+        (("--train-size", 32, "--penalty-share", 0.01), "Give another batch_size or penalty_share"),
+    ],
+    ids=["last", "micro-batch", "all", "share", "small share"],
+)
+def test_batch_norm_of_one_value_is_said_before_the_first_step(
+    settings: tuple[object, ...], remedy: str, tmp_path: Path, call: Call
+) -> None:
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("needs torchvision")
+    small = ("--data", "synthetic", "--image-size", 8, "--classes", 3, "--model", "resnet18", "--batch-size", 8)
+    code, output, errors = call("--out", tmp_path / "run", *small, *settings)
+    assert (code, output) == (1, "")
+    assert errors.startswith("error: some step would run the model resnet18 on one sample, from ")
+    assert "The batch norm 'layer4.0.bn1' would have one value a channel there, which has no variance" in errors
+    assert remedy in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_norm_of_several_values_is_not_refused(tmp_path: Path, call: Call) -> None:
+    """Four pixels of one sample are enough; the last batch is not reached; or there is no batch norm."""
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("needs torchvision")
+    small = ("--data", "synthetic", "--classes", 3, "--train-size", 9, "--batch-size", 8, "--quiet")
+    small += ("--objective", "cross-entropy", "--threads", 1)
+    for number, (model, size, steps) in enumerate((("vgg11_bn", 32, 2), ("vgg11_bn", 16, 1), ("cnn", 8, 2))):
+        run = ("--out", tmp_path / f"{number}", "--model", model, "--image-size", size, "--steps", steps)
+        code, _, errors = call(*run, *small)
+        assert (code, errors) == (0, "")
+
+
 def test_a_diverging_run_stops(root: Path, tmp_path: Path, call: Call) -> None:
     settings = ("--data", "mnist", "--data-root", root, "--objective", "cross-entropy", "--epochs", 3)
     code, _, errors = call("--out", tmp_path / "run", *settings, "--optimizer", "sgd", "--lr", 1e30)

@@ -9,8 +9,9 @@ from typing import Any
 
 from ..evaluation.settings import EvaluationSettings
 from ..training import runs
+from ..training.processes import alone
 from .plan import folder, key
-from .sweep import SWEEP, Loaded, Record, Scalars, alone, evaluate, write
+from .sweep import ANOTHER, SWEEP, Loaded, Record, Scalars, evaluate, write
 
 
 def chosen_runs(record: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], int]]:
@@ -43,7 +44,7 @@ def measure_chosen(
     Raises:
         FileNotFoundError: a run was removed.
     """
-    with alone(Path(out)):
+    with alone(Path(out), ANOTHER):
         return _measure_chosen(Path(out), record, settings, place or {}, report)
 
 

@@ -19,6 +19,7 @@ from ..evaluation.table import console, print_table
 from ..training.config import FIELDS, PLACE
 from ..training.extras import require
 from ..training.loop import TrainingInterrupted
+from ..training.processes import check_one_process
 from . import recipes as recipe_files
 from . import words
 from .chosen import measure_chosen
@@ -75,6 +76,7 @@ def sweep(
     Chosen is, for each variant, the candidate of the highest accuracy under attack among those at most 2 points less
     accurate than the baseline, or what the recipe says instead.
     """
+    check_one_process()
     require("rich.table", "the results")  # looked for before the work rather than after it
     name, assigned = words.split(recipe or (), _KEYS)
     loaded = recipe_files.load(name or DEFAULT_RECIPE)
@@ -137,6 +139,7 @@ def demo(
     Cross-entropy alone, two input-gradient penalties and the density penalty, on BlockMNIST, measured on the test
     split, with the weights that rds-fast sweep chose on the validation split.
     """
+    check_one_process()
     for module in ("rich.table", "matplotlib"):
         require(module, "the results")
     started = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
@@ -16,6 +17,7 @@ from ..training import data, runs
 from ..training.config import TrainingConfig
 from ..training.devices import cpu_threads, resolve_device
 from ..training.loop import train
+from ..training.processes import alone
 from . import sweep as sweeps
 from .sweep import SWEEP
 
@@ -102,8 +104,8 @@ def demo(
         )
     splits = base.load_data()
     models: dict[str, list[Trained]] = {}
-    for name in SHOWN:
-        for seed in seeds:
+    with alone(Path(out), "another demonstration"):
+        for name, seed in itertools.product(SHOWN, seeds):
             started = time.perf_counter()
             config = dataclasses.replace(configs[name], seed=seed)
             trained = _train(Path(out) / f"{name}-seed{seed}", config, settings, splits)

@@ -7,11 +7,9 @@ repeats nor loses a run.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +22,12 @@ from ..training.checkpoints import write_atomically
 from ..training.config import FIELDS, PATHS, PLACE, TrainingConfig, as_meant
 from ..training.devices import cpu_threads, resolve_device
 from ..training.loop import NonFiniteError, train
+from ..training.processes import alone
 from .choice import Candidate, choose, rule
 from .plan import Plan, Trial, key, plain
 
 SWEEP = "sweep.json"
-LOCK = ".lock"
+ANOTHER = "another sweep"
 _PARTS = (
     *("rule", "command", "training", "variants", "selection", "evaluation", "device"),
     *("trials", "seeds", "points", "choices"),
@@ -67,14 +66,8 @@ def sweep(
     _check_measured(plan.recipe.selection.measure, settings)
     out = Path(out)
     fresh = _fresh(plan, settings)
-    made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    with alone(out):
-        try:
-            return _sweep(plan, out, settings, test, fresh, command, report)
-        finally:
-            if made and {path.name for path in out.iterdir()} <= {LOCK}:  # refused before any run
-                shutil.rmtree(out)
+    with alone(out, ANOTHER):
+        return _sweep(plan, out, settings, test, fresh, command, report)
 
 
 def _check_measured(measure: str, settings: EvaluationSettings) -> None:
@@ -84,26 +77,6 @@ def _check_measured(measure: str, settings: EvaluationSettings) -> None:
             raise ValueError(
                 f"the sweep chooses by {figure} and metrics is {','.join(named)}; add {FIGURES[figure]}, which gives it"
             )
-
-
-@contextlib.contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Keep a second sweep out of a folder, where each would train the other's runs; a killed process lets it go.
-
-    Raises:
-        ValueError: there is another.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks
-        yield
-        return
-    with open(out / LOCK, "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another sweep is running in {out}; wait for its end, or give another --out") from None
-        yield
 
 
 def _sweep(

@@ -18,6 +18,7 @@ from ..training.config import FIELDS, TrainingConfig
 from ..training.fields import option, put_options
 from ..training.loop import TrainingInterrupted
 from ..training.loop import train as train_model
+from ..training.processes import check_one_process
 from . import recipes, words
 
 _KEYS = ("variant", *FIELDS)
@@ -52,6 +53,7 @@ def train(
 
     What is not given is as in the recipe, or has the default that stands here.
     """
+    check_one_process()
     name, assigned = _split(recipe or ())
     given = {name: value for name, value in settings.items() if value is not None and value != []}
     config = _config(name, _together(given, assigned), out if resume else None)

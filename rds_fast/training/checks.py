@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from . import data as data_sets
+from . import models
 from .names import check_name
 from .objective_settings import ADAPTIVE
 
@@ -160,3 +162,52 @@ def check_model(model: nn.Module, config: TrainingConfig, device: torch.device) 
         raise ValueError(
             f"the model {config.model} cannot take images of {shape} ({error}); use larger ones, or another model"
         ) from error
+
+
+def check_batch_norm(config: TrainingConfig, samples: int, classes: int) -> None:
+    """Whether batch norm, in train mode, has two values a channel at least in every forward of a run.
+
+    The fewest are those of the smallest forward, where a layer's input is the smallest: one sample of a single pixel
+    has no variance. The model is built on the meta device, which computes nothing.
+
+    Raises:
+        ValueError: it has not, which a step would find, perhaps the last of an epoch.
+    """
+    if _fewest(config, samples) > 1:
+        return
+    single: list[str] = []
+
+    def note(name: str) -> Any:
+        return lambda layer, inputs: single.append(name) if inputs[0].numel() == inputs[0].shape[1] else None
+
+    with torch.device("meta"), torch.no_grad():
+        model = models.build(config.model, config.image_shape, classes).eval()
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.register_forward_pre_hook(note(name))
+        model(torch.zeros(1, *config.image_shape))
+    if not single:
+        return
+    larger = range(config.batch_size, 3 * config.batch_size + 10, config.accumulate)
+    sizes = (size for size in larger if _fewest(dataclasses.replace(config, batch_size=size), samples) > 1)
+    found = next(sizes, None)
+    remedy = f"A batch_size of {found} has none such" if found else "Give another batch_size or penalty_share"
+    share = f", of which penalty_share draws {config.penalty_share:g}" if config.penalty_share < 1 else ""
+    raise ValueError(
+        f"some step would run the model {config.model} on one sample, from {samples} samples in batches of "
+        f"{config.batch_size} and micro-batches of {config.micro_batch_size}{share}. The batch norm {single[0]!r} "
+        f"would have one value a channel there, which has no variance. {remedy}; larger images do as well"
+    )
+
+
+def _fewest(config: TrainingConfig, samples: int) -> int:
+    """The samples of the smallest forward in train mode, of those that the steps of a run reach."""
+    full, rest = divmod(samples, config.batch_size)
+    batches = [config.batch_size] * bool(full)
+    if rest and config.total_steps(full + 1) > full:
+        batches.append(rest)
+    micro = config.micro_batch_size
+    sizes = {min(size, micro) for size in batches} | {size % micro for size in batches} - {0}
+    if config.without_effect("penalty_share") is None:
+        sizes |= {max(1, round(config.penalty_share * size)) for size in sizes}
+    return min(sizes)

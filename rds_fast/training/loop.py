@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..penalties.loss import LossTerms
 from . import checkpoints, data, runs
 from .accuracy import evaluate_accuracy
-from .checks import check_model
+from .checks import check_batch_norm, check_model
 from .config import TrainingConfig
 from .devices import cpu_threads, peak_memory_bytes, reset_peak_memory, resolve_device
 from .display import Display
@@ -27,6 +27,7 @@ from .normalization import channel_statistics
 from .objectives import Objective, Part
 from .optimization import learning_rate_schedule
 from .order import Order
+from .processes import alone
 from .state import LOSSES, TrainingState
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -96,7 +97,8 @@ def train(
     Raises:
         FileExistsError: the folder holds a run, and neither ``resume`` nor ``overwrite`` is given; or other files.
         FileNotFoundError: ``resume``, and the folder holds no run; or a data file is missing.
-        ValueError: the settings are not those of the run to be resumed, there is no such device, or a file is damaged.
+        ValueError: the settings are not those of the run to be resumed, another process is at work in the folder (see
+            ``processes.alone``), there is no such device, or a file is damaged.
         TrainingInterrupted: Ctrl-C or SIGTERM; everything was saved.
         NonFiniteError: a loss or a weight became infinite or NaN; the last good checkpoint is kept.
         ImportError: a package of the extra ``train`` is needed and missing.
@@ -105,21 +107,22 @@ def train(
     device = resolve_device(config.device)
     if resume and overwrite:
         raise ValueError("resume and overwrite are both given; they exclude each other")
-    if resume:
-        runs.check_same(run_dir, config)
-    else:
-        runs.check_free(run_dir, overwrite)
-    splits = splits or (runs.load_data(run_dir, config) if resume else config.load_data())
-    if resume:
-        runs.check_same_data(run_dir, config, splits.train)
-    with cpu_threads(config.threads), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        run = _Run(config, run_dir, device, splits, quiet)
+    with alone(run_dir, "another training"):
         if resume:
-            runs.keep_place(run_dir, config)
+            runs.check_same(run_dir, config)
         else:
-            runs.create(run_dir, config, splits.train, evaluation)  # only now: what cannot begin leaves no folder
-        runs.remove_temporaries(run_dir)
-        return run.run()
+            runs.check_free(run_dir, overwrite)
+        splits = splits or (runs.load_data(run_dir, config) if resume else config.load_data())
+        if resume:
+            runs.check_same_data(run_dir, config, splits.train)
+        with cpu_threads(config.threads), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            run = _Run(config, run_dir, device, splits, quiet)
+            if resume:
+                runs.keep_place(run_dir, config)
+            else:
+                runs.create(run_dir, config, splits.train, evaluation)  # only now: what cannot begin leaves no folder
+            runs.remove_temporaries(run_dir)
+            return run.run()
 
 
 class _Run:
@@ -138,6 +141,7 @@ class _Run:
         normalization = channel_statistics(self.training) if config.normalize else None
         self.state = TrainingState(config, device, self.training.classes, self.objective, normalization)
         check_model(self.state.model, config, device)
+        check_batch_norm(config, len(self.training), self.training.classes)
         self.total_steps = config.total_steps(self.steps_per_epoch)
         self.display = Display(math.ceil(self.total_steps / self.steps_per_epoch), self.total_steps, quiet)
         self.uncollected: list[Tensor] = []  # the losses of the last steps, so that not every step waits for the GPU

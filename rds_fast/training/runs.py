@@ -27,6 +27,7 @@ from torch import nn
 from . import checkpoints, data, models
 from .checkpoints import TEMPORARY
 from .config import TrainingConfig
+from .processes import LOCK
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -69,12 +70,10 @@ def check_free(run_dir: Path, overwrite: bool) -> None:
     Raises:
         FileExistsError: it holds a run and ``overwrite`` is False, or it holds something that is no run.
     """
-    if run_dir.exists() and not run_dir.is_dir():
-        raise FileExistsError(f"{run_dir} is a file; give a folder")
     if (run_dir / CONFIG).exists():
         if not overwrite:
             raise FileExistsError(f"{run_dir} holds a run already; --resume continues it, --overwrite replaces it")
-    elif run_dir.exists() and not all(map(_is_leftover, run_dir.iterdir())):
+    elif not all(map(_is_leftover, run_dir.iterdir())):
         raise FileExistsError(f"{run_dir} holds files and no run; give another folder, or an empty one")
 
 
@@ -82,7 +81,7 @@ def _is_leftover(path: Path) -> bool:
     """Whether a file or folder is what a process leaves that is killed while it makes the folder of a run."""
     if path.name == Path(CHECKPOINT).parent.name and path.is_dir():
         return all(map(_is_leftover, path.iterdir()))
-    return path.match(TEMPORARY)
+    return path.name == LOCK or path.match(TEMPORARY)
 
 
 def remove_temporaries(run_dir: Path) -> None:
