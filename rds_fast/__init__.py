@@ -15,20 +15,25 @@ from .penalties.input_gradient import InputGradientPenalty
 from .penalties.integrated_gradients import integrated_gradients
 from .penalties.jacobian import JacobianPenalty
 from .penalties.loss import LossTerms, PenalizedLoss
+from .penalties.losses import BinaryCrossEntropy
 from .penalties.matching import GradientMatchingPenalty
+from .penalties.shared import Penalty, SharedForward
 
 __all__ = [
     "AccuracyBudget",
     "AdversarialLoss",
     "AttributionPenalty",
+    "BinaryCrossEntropy",
     "DensityPenalty",
     "GradientMatchingPenalty",
     "InputGradientPenalty",
     "JacobianPenalty",
     "LossTerms",
     "PenalizedLoss",
+    "Penalty",
     "PenaltyRatio",
     "RobustAttributionLoss",
+    "SharedForward",
     "backends",
     "cross_entropy_with_logsumexp",
     "density_penalty",

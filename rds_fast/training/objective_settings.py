@@ -38,7 +38,7 @@ class ObjectiveSettings:
     power: float = setting(
         1.0,
         "Objective",
-        "The exponent of the norm, the same for all penalties; InputGradientPenalty's own default is 2.",
+        "The exponent of the norm.",
         only=("objective", *NORMED),
     )
     of: str = setting(

@@ -17,9 +17,10 @@ from ..penalties.density import DensityPenalty
 from ..penalties.inner_pass import implementation
 from ..penalties.input_gradient import InputGradientPenalty
 from ..penalties.jacobian import JacobianPenalty
-from ..penalties.loss import LossTerms, PenalizedLoss, Penalty
+from ..penalties.loss import LossTerms, PenalizedLoss
 from ..penalties.matching import GradientMatchingPenalty
 from ..penalties.schedules import Constant, Cosine, LinearWarmup, Schedule, Step
+from ..penalties.shared import Penalty
 from . import runs
 from .config import TrainingConfig
 from .objective_settings import ADAPTIVE, PENALIZED
