@@ -184,7 +184,9 @@ class DensityPenalty(Penalty):
             shared.run(derivatives=1)
             _refuse_coarse("the logits are", shared.logits.dtype)
             log_density = shared.log_density
-            norm, directions = self._dual_direction(shared, input_gradients(log_density, shared.inputs))
+            norm, directions = self._dual_direction(
+                shared, input_gradients(log_density, shared.inputs, names=shared.names)
+            )
             # From the caller's x: if that needs no gradient, neither does the second forward's input.
             step_size = float(self.step_size)
             moved = [x + step_size * d for x, d in zip(shared.differentiated(), directions, strict=True)]

@@ -101,11 +101,12 @@ class PenalizedLoss:
 
     **sample_weight = w**: the loss is Σ wₙ ℓₙ / Σ wₙ + λ Σ wₙ Rₙ / Σ wₙ: a sample of weight 2 counts as if it were in
     the batch twice, one of weight 0 as if it were not (but in batch norm's statistics). With ``class_weight[y]`` the
-    cross-entropy is that of ``torch.nn.functional.cross_entropy(weight=class_weight)``.
+    cross-entropy is ``torch.nn.functional.cross_entropy(logits, y, weight=class_weight)``, without label smoothing
+    (which PyTorch weights by class too).
 
     **mask**: the penalty is of the part of the gradient where the mask is True, or of the gradient times the mask where
-    that is floating-point: *right for the right reasons* (Ross, Hughes and Doshi-Velez 2017) with a mask of what is
-    irrelevant, of="log_density" or "cross_entropy", and power 2.
+    that is floating-point. With a mask of what is irrelevant the model is *right for the right reasons* (Ross, Hughes
+    and Doshi-Velez 2017; their own gradient is that of Σ log p_k, and their power 2).
 
     Args:
         penalty: an object with ``per_sample(shared)`` to the penalty of each sample (N,), such as
