@@ -11,6 +11,7 @@ from .penalties.adaptive import AccuracyBudget, PenaltyRatio
 from .penalties.adversarial import AdversarialLoss
 from .penalties.attribution import AttributionPenalty, RobustAttributionLoss
 from .penalties.density import DensityPenalty, density_penalty, density_penalty_from_logits, log_density
+from .penalties.group_dro import GroupDRO
 from .penalties.input_gradient import InputGradientPenalty
 from .penalties.integrated_gradients import integrated_gradients
 from .penalties.jacobian import JacobianPenalty
@@ -26,6 +27,7 @@ __all__ = [
     "BinaryCrossEntropy",
     "DensityPenalty",
     "GradientMatchingPenalty",
+    "GroupDRO",
     "InputGradientPenalty",
     "JacobianPenalty",
     "LossTerms",

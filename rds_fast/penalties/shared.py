@@ -121,6 +121,8 @@ class SharedForward:
             raise no_path()
         if derivatives == 2:
             refuse_compiled_logits(logits)
+        if self._trains and self._loss is None:
+            refuse_one_logit(logits)
         self.__dict__["logits"] = logits
 
     def _check_samples(self, logits: Tensor) -> None:
@@ -175,7 +177,6 @@ class SharedForward:
     @cached_property
     def _with_logsumexp(self) -> tuple[Tensor, Tensor]:
         """The cross-entropy and the log-sum-exp from one read of the logits."""
-        refuse_one_logit(self.logits)
         return cross_entropy_with_logsumexp(self.logits, self.targets, label_smoothing=self._label_smoothing)
 
     def loss_of(self, logits: Tensor, targets: Any = None) -> Tensor:
