@@ -55,7 +55,7 @@ def every(case: Case, k: int) -> list[Part]:
 
 def matching(case: Case) -> list[Part]:
     teacher = case.network(META).requires_grad_(False)
-    return [Part(1.0, penalized(case.network(META), GradientMatchingPenalty(teacher)))]
+    return [Part(1.0, penalized(case.network(META), GradientMatchingPenalty(teacher, power=2)))]
 
 
 PROVIDERS: dict[str, Callable[[Case], list[Part]]] = {

@@ -11,24 +11,31 @@ from .penalties.adaptive import AccuracyBudget, PenaltyRatio
 from .penalties.adversarial import AdversarialLoss
 from .penalties.attribution import AttributionPenalty, RobustAttributionLoss
 from .penalties.density import DensityPenalty, density_penalty, density_penalty_from_logits, log_density
+from .penalties.group_dro import GroupDRO
 from .penalties.input_gradient import InputGradientPenalty
 from .penalties.integrated_gradients import integrated_gradients
 from .penalties.jacobian import JacobianPenalty
 from .penalties.loss import LossTerms, PenalizedLoss
+from .penalties.losses import BinaryCrossEntropy
 from .penalties.matching import GradientMatchingPenalty
+from .penalties.shared import Penalty, SharedForward
 
 __all__ = [
     "AccuracyBudget",
     "AdversarialLoss",
     "AttributionPenalty",
+    "BinaryCrossEntropy",
     "DensityPenalty",
     "GradientMatchingPenalty",
+    "GroupDRO",
     "InputGradientPenalty",
     "JacobianPenalty",
     "LossTerms",
     "PenalizedLoss",
+    "Penalty",
     "PenaltyRatio",
     "RobustAttributionLoss",
+    "SharedForward",
     "backends",
     "cross_entropy_with_logsumexp",
     "density_penalty",

@@ -16,6 +16,7 @@ from ..attacks.ball import ascent_direction, displace, largest_not_above, projec
 from ..attacks.pgd import check_attack, detached
 from ..ops.inputs import check_count, check_number
 from ..penalties.integrated_gradients import PathTerms, integrated_gradients, path_terms
+from ..penalties.shared import target_logit
 from ..reference import accumulation_dtype
 from ..training.names import check_name
 from .attributions import pixel_scores
@@ -164,7 +165,7 @@ class _Attack:
 
     def _path(self, model: Callable[[Tensor], Tensor], moved: Tensor, *, create_graph: bool) -> PathTerms:
         black = torch.zeros_like(moved)
-        return path_terms(model, moved, self.y, black, self.steps, create_graph=create_graph, of="target_logit")
+        return path_terms(model, moved, self.y, black, self.steps, create_graph=create_graph, output_of=target_logit)
 
     def best(self) -> Tensor:
         # Predicted once more, in a batch as large as x: in another one, sums that round otherwise could tip the scale.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..ops.gradient_norm import gradient_norm
 from ..ops.logsumexp import logsumexp
 from ..penalties.checks import refuse_normalised
-from ..penalties.inner_pass import differentiable_input, forward, input_gradient
+from ..penalties.inner_pass import differentiable_input, forward, input_gradients
 from ..training import data
 from .detection import auroc, fpr_at_tpr
 from .other_data import load_like, parse_source
@@ -47,7 +47,7 @@ def in_distribution_scores(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
         logits = forward(model, x, twice_differentiable=False)
         refuse_normalised(logits)
         log_density = logsumexp(logits, 1)
-        gradient = input_gradient(log_density, x, create_graph=False)
+        (gradient,) = input_gradients(log_density, (x,))
     # In float64: in float32 all confidences above 1 − 6e-8 would be tied.
     confidence = logits.detach().double().softmax(1).amax(1)
     return {

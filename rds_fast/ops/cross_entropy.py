@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import select
 from .function import Function
-from .inputs import check_number, check_rows
+from .inputs import can_be_read, check_number, check_rows
 from .logsumexp import LogSumExpBackward, full_precision, saved_logsumexp, with_unit_column_stride
 from .registration import derivative, register, third_derivative
 
@@ -205,7 +205,7 @@ def cross_entropy_with_logsumexp(
     if target.is_floating_point():
         if any(layer.requires_grad for layer in _layers(target)):
             backend = "reference"
-    elif not logits.is_cuda and not torch.compiler.is_compiling():
+    elif not logits.is_cuda:
         check_class_indices(target, logits.shape[1], ignore_index)
     if backend == "reference" or logits.numel() == 0:
         return reference.cross_entropy_with_logsumexp(logits, target, label_smoothing, ignore_index)
@@ -253,10 +253,10 @@ def check_class_indices(target: Tensor, classes: int, ignore_index: int | None =
     It reads values, so it is for CPU tensors; under ``torch.func`` transforms it reads those of the whole batch.
     Meta and fake tensors, and a trace by make_fx, have no values to read and pass.
     """
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+    if torch.compiler.is_compiling():  # before what the compiler cannot trace
         return
     target = _layers(target)[-1]
-    if target.is_meta or isinstance(target, torch._subclasses.FakeTensor) or not target.numel():
+    if not can_be_read(target) or not target.numel():
         return
     lowest, highest = torch.aminmax(target)  # one pass, and nothing to allocate, where no row is ignored
     if lowest >= 0 and highest < classes:

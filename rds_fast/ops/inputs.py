@@ -42,6 +42,16 @@ def _dense(name: str, value: Tensor) -> str:
     return f"torch.nested.to_padded_tensor({name}, 0.0)" if value.is_nested else f"{name}.to_dense()"
 
 
+def can_be_read(values: Tensor) -> bool:
+    """Whether a check may read values: they are there, and nothing has to wait for a device.
+
+    Meta and fake tensors have none, nor has anything that is traced.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return False
+    return values.device.type == "cpu" and not isinstance(values, torch._subclasses.FakeTensor)
+
+
 def check_number(name: str, value: Any, hint: str = "") -> float:
     """The value as a Python float, if it is a real number: Python's or NumPy's, no bool.
 

@@ -87,7 +87,7 @@ class PenaltyRatio:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError if the state is not one of a ``PenaltyRatio``."""
-        self._means = _loaded(state, "means", self._means.shape)
+        self._means = loaded(state, "means", self._means.shape)
 
 
 @dataclass(eq=False)
@@ -144,7 +144,10 @@ class AccuracyBudget:
 
     @torch.no_grad()
     def update(self, terms: LossTerms, y: Tensor) -> None:
-        """Take in the accuracy or the cross-entropy of a training step, from its terms and labels."""
+        """Take in the accuracy or the cross-entropy of a training step, from its terms and labels.
+
+        The accuracy is that of the largest logit; of several labels a sample, or of one logit, give it to ``observe``.
+        """
         self.observe(terms.cross_entropy if self.of == "cross_entropy" else _accuracy(terms.logits, y))
 
     @torch.no_grad()
@@ -161,11 +164,16 @@ class AccuracyBudget:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError if the state is not one of an ``AccuracyBudget``."""
-        self._weight = _loaded(state, "weight", self._weight.shape)
+        self._weight = loaded(state, "weight", self._weight.shape)
 
 
 def _accuracy(logits: Tensor, y: Tensor) -> Tensor:
     """Of the samples that count; for probabilities, against the likeliest class. NaN where none counts."""
+    if logits.shape[1] == 1:
+        raise ValueError(
+            "the accuracy of one logit a sample is not known here: it depends on a threshold. Give observe(accuracy) "
+            "what it is, such as ((logits > 0) == (y > 0.5)).float().mean()"
+        )
     labels = y.argmax(1) if y.is_floating_point() else y
     return (logits.argmax(1) == labels).sum() / (labels != IGNORED).sum()
 
@@ -184,7 +192,8 @@ def _check_bounds(initial: float, bounds: tuple[float, float]) -> None:
         raise ValueError(f"initial is {initial}; it must lie within the bounds {bounds}")
 
 
-def _loaded(state: Mapping[str, Any], name: str, shape: torch.Size) -> Tensor:
+def loaded(state: Mapping[str, Any], name: str, shape: torch.Size) -> Tensor:
+    """The tensor that is all of a state; raises ValueError if that is not what there is."""
     value = state.get(name)
     if set(state) != {name} or not isinstance(value, Tensor) or value.shape != shape:
         raise ValueError(

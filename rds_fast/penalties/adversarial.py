@@ -10,12 +10,11 @@ from torch import Tensor
 
 from ..attacks.pgd import ascend, check_attack, detached
 from ..compilation import uncompiled
-from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..ops.inputs import check_number
 from .checks import check_input
 from .inner_pass import implementation, logits_of
-from .integrated_gradients import check_pair
-from .loss import LossTerms, mean_of_counted
+from .integrated_gradients import check_pair, cross_entropies_of
+from .loss import LossTerms, check_sample_weight, mean_of_counted
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,14 @@ class AdversarialLoss:
         check_label_smoothing(self.label_smoothing)
 
     @uncompiled
-    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, step: int | None = None) -> LossTerms:
+    def __call__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        x: Tensor,
+        y: Tensor,
+        step: int | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> LossTerms:
         """The loss of one batch; ``terms.total.backward()`` trains.
 
         Args:
@@ -73,6 +79,7 @@ class AdversarialLoss:
             x: (N, ...), floating point, within the bounds.
             y: class indices (N,), rows of −100 left out of the loss and its mean; or probabilities (N, C).
             step: not used; training loops pass it to every loss.
+            sample_weight: (N,), floating point: the mean is weighted, as in ``rds_fast.PenalizedLoss``.
 
         Returns:
             ``LossTerms(total, cross_entropy, penalty, logits)``: the mean cross-entropy at x' twice, 0, and the logits
@@ -84,10 +91,12 @@ class AdversarialLoss:
         """
         check_input(x)
         check_pair(x, y)
+        if sample_weight is not None:
+            check_sample_weight(sample_weight, x)
         with implementation(self.fast):
             moved = self._worst(model, x, y)
             logits = logits_of(model, moved)
-            loss = mean_of_counted(cross_entropy_with_logsumexp(logits, y, label_smoothing=self.label_smoothing)[0], y)
+            loss = mean_of_counted(cross_entropies_of(logits, y, self.label_smoothing), y, sample_weight)
         return LossTerms(loss, loss, torch.zeros_like(loss), logits)
 
     def _worst(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -107,7 +116,7 @@ class AdversarialLoss:
 
 def cross_entropies(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The cross-entropy of each sample, (N,)."""
-    return cross_entropy_with_logsumexp(logits_of(model, x), y, label_smoothing=label_smoothing)[0]
+    return cross_entropies_of(logits_of(model, x), y, label_smoothing)
 
 
 def check_label_smoothing(value: float) -> None:

@@ -24,15 +24,15 @@ from torch import Tensor, nn
 
 from ..attacks.pgd import ascend, check_attack, detached
 from ..compilation import uncompiled
-from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..ops.gradient_norm import gradient_norm
 from ..ops.inputs import check_count
 from .adversarial import check_label_smoothing, cross_entropies
 from .checks import check_autograd, check_choice, check_input, refuse_compiled
 from .inner_pass import frozen_statistics, implementation, logits_of, samples_interact
-from .integrated_gradients import check_pair, find_layer, path_terms
-from .loss import LossTerms, mean_of_counted
+from .integrated_gradients import check_pair, cross_entropies_of, find_layer, path_terms
+from .loss import LossTerms, check_sample_weight, mean_of_counted, weighted_mean
 from .schedules import Schedule, check_weight, is_zero, weight_at
+from .shared import Penalty, SharedForward
 
 SIZES = ("l1", "l2", "sum")
 
@@ -92,14 +92,14 @@ class _Regularisation:
 
 
 @dataclass(frozen=True)
-class AttributionPenalty(_Regularisation):
+class AttributionPenalty(_Regularisation, Penalty):
     """``penalty(model, x, y)``: the mean over samples of max s(IG(x, x')) over ‖x' − x‖_∞ ≤ ε, IG-NORM's term.
 
     IG(x, x') = (x' − x) ⊙ (1/m) Σₖ ∇ℓ(z_k), z_k = x + (k/m)(x' − x), k = 1..m, or the path integral through a layer
-    (see ``rds_fast.integrated_gradients``); ℓ is the cross-entropy. x' comes from projected gradient ascent of s(IG)
-    itself: a start drawn uniformly from the ball, steps along the sign of the gradient, the last iterate. It is then a
-    constant. The penalty is differentiable with respect to the parameters, and to x where that requires a gradient. An
-    ignored row, index −100, has penalty 0 and counts in the mean.
+    (see ``rds_fast.integrated_gradients``); ℓ is the cross-entropy, or the loss that a ``PenalizedLoss`` was given. x'
+    comes from projected gradient ascent of s(IG) itself: a start drawn uniformly from the ball, steps along the sign of
+    the gradient, the last iterate. It is then a constant. The penalty is differentiable with respect to the parameters,
+    and to x where that requires a gradient. An ignored row, index −100, has penalty 0 and counts in the mean.
 
     The model stays in its mode. In train mode batch norm normalises over all path points of the batch together, in the
     attack and in the penalty, and so couples them; neither moves running statistics or other buffers.
@@ -138,26 +138,27 @@ class AttributionPenalty(_Regularisation):
     def __post_init__(self) -> None:
         self._check(self.epsilon)
 
-    @uncompiled
-    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-        """The mean penalty of x (N, ...) with labels y, a scalar."""
+    def per_sample(self, shared: SharedForward) -> Tensor:
+        """The penalty of each sample, (N,). It takes nothing from the shared forward."""
+        model, x, y = shared.model, shared.x, shared.targets
         layer = self._check_call(model, x, y)
-        with implementation(self.fast):
-            moved = self._attack(model, x.detach(), y, layer)
-            with frozen_statistics(model):
-                if self.size == "sum":
-                    return (cross_entropies(model, moved, y) - cross_entropies(model, x, y)).mean()
-                return self._norm(path_terms(model, moved, y, x, self.path_steps, layer).attribution).mean()
+        moved = self._attack(shared, layer)
+        with frozen_statistics(model):
+            if self.size == "sum":
+                return shared.loss_of(logits_of(model, moved), y) - shared.loss_of(logits_of(model, x), y)
+            terms = path_terms(model, moved, y, x, self.path_steps, layer, output_of=shared.loss_of)
+            return self._norm(terms.attribution)
 
-    def _attack(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, layer: nn.Module | None) -> Tensor:
-        frozen = detached(model)
+    def _attack(self, shared: SharedForward, layer: nn.Module | None) -> Tensor:
+        x, y, frozen = shared.x.detach(), shared.targets, detached(shared.model)
 
         def objective(moved: Tensor) -> Tensor:
             if self.size == "sum":
-                return cross_entropies(frozen, moved, y)  # less ℓ(x), a constant
-            return self._norm(path_terms(frozen, moved, y, x, self._attack_path_steps, layer).attribution)
+                return shared.loss_of(logits_of(frozen, moved), y)  # less ℓ(x), a constant
+            steps = self._attack_path_steps
+            return self._norm(path_terms(frozen, moved, y, x, steps, layer, output_of=shared.loss_of).attribution)
 
-        return self._worst(objective, model, x, self.epsilon)
+        return self._worst(objective, shared.model, x, self.epsilon)
 
 
 class _Terms(NamedTuple):
@@ -205,7 +206,14 @@ class RobustAttributionLoss(_Regularisation):
         check_label_smoothing(self.label_smoothing)
 
     @uncompiled
-    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, step: int | None = None) -> LossTerms:
+    def __call__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        x: Tensor,
+        y: Tensor,
+        step: int | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> LossTerms:
         """The loss of one batch; ``terms.total.backward()`` trains.
 
         Args:
@@ -213,6 +221,7 @@ class RobustAttributionLoss(_Regularisation):
             x: (N, ...), floating point, within the bounds.
             y: class indices (N,), rows of −100 left out of the cross-entropy and its mean; or probabilities (N, C).
             step: the number of the training step, from 0; needed by a schedule.
+            sample_weight: (N,), floating point: both means are weighted, as in ``rds_fast.PenalizedLoss``.
 
         Returns:
             ``LossTerms(total, cross_entropy, penalty, logits)``: CE(x') + β s(IG), CE(x') and s(IG), means over the
@@ -224,11 +233,14 @@ class RobustAttributionLoss(_Regularisation):
         """
         weight = weight_at(self.weight, step)
         layer = self._check_call(model, x, y)
+        if sample_weight is not None:
+            check_sample_weight(sample_weight, x)
         shared = not samples_interact(model)
         with implementation(self.fast):
             moved = self._attack(model, x.detach(), y, layer, weight, shared)
             terms = self._terms(model, moved, x, y, self.path_steps, layer, shared)
-        cross_entropy, size = mean_of_counted(terms.cross_entropy, y), terms.size.mean()
+        cross_entropy = mean_of_counted(terms.cross_entropy, y, sample_weight)
+        size = weighted_mean(terms.size, sample_weight)
         total = cross_entropy if is_zero(weight) else cross_entropy + weight * size
         return LossTerms(total, cross_entropy, size, terms.logits)
 
@@ -251,7 +263,7 @@ class RobustAttributionLoss(_Regularisation):
         if self.size == "sum":
             logits = logits_of(model, moved)
             with frozen_statistics(model):
-                size = cross_entropy_with_logsumexp(logits, y)[0] - cross_entropies(model, x, y)
+                size = cross_entropies_of(logits, y) - cross_entropies(model, x, y)
         elif shared:
             attribution, logits = path_terms(model, moved, y, x, steps, layer)
             size = self._norm(attribution)
@@ -259,5 +271,4 @@ class RobustAttributionLoss(_Regularisation):
             logits = logits_of(model, moved)
             with frozen_statistics(model):
                 size = self._norm(path_terms(model, moved, y, x, steps, layer).attribution)
-        cross_entropy, _ = cross_entropy_with_logsumexp(logits, y, label_smoothing=self.label_smoothing)
-        return _Terms(cross_entropy, size, logits)
+        return _Terms(cross_entropies_of(logits, y, self.label_smoothing), size, logits)

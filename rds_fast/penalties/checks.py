@@ -36,20 +36,26 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {valid}. Did you mean {nearest!r}?")
 
 
-def check_input(x: Any) -> None:
+def check_input(x: Any, name: str = "x") -> None:
     """x is a batch of floating-point inputs that autograd can follow."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"x is a {type(x).__name__}; it must be a torch.Tensor of shape (N, ...)")
+        raise TypeError(f"{name} is a {type(x).__name__}; it must be a torch.Tensor of shape (N, ...)")
+    if x.is_complex():
+        raise TypeError(
+            f"{name} is {x.dtype}; a penalty needs the gradient with respect to real numbers. Pass "
+            f"torch.view_as_real({name}), and let the model begin with torch.view_as_complex"
+        )
     if not x.is_floating_point():
         raise TypeError(
-            f"x is {x.dtype}, which has no gradient; it must be floating point. Convert it first, for example images "
-            "of bytes with x.float() / 255"
+            f"{name} is {x.dtype}, which has no gradient; it must be floating point. Convert it first, for example "
+            f"images of bytes with {name}.float() / 255"
         )
     if x.dim() == 0:
-        raise ValueError("x has no dimension; it must have shape (N, ...), one sample a row")
+        raise ValueError(f"{name} has no dimension; it must have shape (N, ...), one sample a row")
     if x.is_inference():
         raise RuntimeError(
-            "x was made in torch.inference_mode, so autograd cannot follow it; make it outside, or pass x.clone()"
+            f"{name} was made in torch.inference_mode, so autograd cannot follow it; make it outside, or pass "
+            f"{name}.clone()"
         )
 
 
@@ -62,7 +68,7 @@ def check_model(model: Any) -> None:
             "torch.nn.Module"
         )
     if isinstance(model, torch.nn.Module) and torch.distributed.is_available() and torch.distributed.is_initialized():
-        for module in model.modules():
+        for module in modules_of(model):
             refuse_static_graph(module)
 
 
@@ -95,8 +101,8 @@ def check_autograd() -> None:
         )
 
 
-def check_logits(logits: Any, x: Tensor) -> None:
-    """logits is one floating-point tensor (N, C)."""
+def check_logits(logits: Any, x: Any) -> None:
+    """logits is one floating-point tensor (N, C); the samples of several inputs were counted before."""
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"the model returned a {type(logits).__name__}; a penalty needs one tensor of logits (N, C). Wrap the "
@@ -104,25 +110,56 @@ def check_logits(logits: Any, x: Tensor) -> None:
         )
     if not logits.is_floating_point():
         raise TypeError(f"the logits are {logits.dtype}; they must be floating point, the model's output before argmax")
-    if logits.dim() != 2 or logits.shape[0] != x.shape[0]:
+    if logits.dim() != 2 or (isinstance(x, Tensor) and logits.shape[0] != x.shape[0]):
+        given = f"for x of shape {tuple(x.shape)}; " if isinstance(x, Tensor) else ""
+        samples = f"for each of the {x.shape[0]} samples" if isinstance(x, Tensor) else "a sample"
         raise ValueError(
-            f"the logits have shape {tuple(logits.shape)} for x of shape {tuple(x.shape)}; they must be (N, C), one "
-            f"row for each of the {x.shape[0]} samples. Pool or flatten further dimensions inside the model"
+            f"the logits have shape {tuple(logits.shape)} {given}they must be (N, C), one row {samples}. Pool or "
+            "flatten further dimensions inside the model"
         )
 
 
-def no_path() -> RuntimeError:
+def no_path(name: str = "x") -> RuntimeError:
     """The error where the logits do not depend on x differentiably: its gradient would be zero without a word."""
+    several = "" if name == "x" else ". If the logits are not to depend on it, name the others in with_respect_to"
     return RuntimeError(
-        "there is no gradient path from x to the logits, and the penalty needs one; look for torch.no_grad, .detach(), "
-        ".data, .item() or an integer conversion inside the model, or for logits computed from another tensor than x"
+        f"there is no gradient path from {name} to the logits, and the penalty needs one; look for torch.no_grad, "
+        f".detach(), .data, .item() or an integer conversion inside the model, or for logits computed from another "
+        f"tensor than {name}{several}"
     )
+
+
+def refuse_one_logit(logits: Tensor) -> None:
+    """A softmax over one class is 1 whatever the logit is: its cross-entropy is 0, and its density the logit itself."""
+    if logits.shape[1] == 1:
+        raise ValueError(
+            f"the logits have shape {tuple(logits.shape)}, one logit a sample, and a softmax over one class is 1 for "
+            "every input: the cross-entropy is 0, and nothing is learned from it. Give a binary loss, "
+            "PenalizedLoss(penalty, loss=rds_fast.BinaryCrossEntropy()), or return two logits, such as "
+            "torch.cat([torch.zeros_like(f), f], dim=1), with class indices 0 and 1 as labels"
+        )
+
+
+def modules_of(model: Any) -> list[Any]:
+    """All modules of a model, in any order; none of what is no module.
+
+    As ``model.modules()``, whose nested generators cost the host some thousand calls for a large network, in each step.
+    """
+    if not isinstance(model, torch.nn.Module):
+        return []
+    found, seen = [model], {model}
+    for module in found:
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
 
 
 def refuse_compiled(model: Any) -> None:
     """What torch.compile makes can be differentiated once, and an exact penalty differentiates it twice."""
     # By name: importing torch._dynamo for isinstance takes a second, in processes that never compile anything.
-    for module in model.modules() if isinstance(model, torch.nn.Module) else ():
+    for module in modules_of(model):
         if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
             raise _compiled(f"the model holds a compiled {type(getattr(module, '_orig_mod', module)).__name__}")
     if hasattr(model, "_torchdynamo_orig_callable"):

@@ -19,29 +19,12 @@ import torch
 from torch import Tensor
 
 from ..compilation import uncompiled
-from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..ops.gradient_norm import check_norm, gradient_norm
 from ..ops.inputs import check_number
 from ..ops.logsumexp import logsumexp, without_autocast
-from .checks import (
-    check_choice,
-    check_given_logits,
-    check_input,
-    refuse_normalised,
-)
-from .inner_pass import (
-    PerSample,
-    RandomState,
-    differentiable_input,
-    forward,
-    forward_for_double_backward,
-    frozen_statistics,
-    implementation,
-    input_gradient,
-    input_gradient_norm,
-    logits_of,
-    reduce,
-)
+from .checks import check_choice, check_input, refuse_normalised, refuse_one_logit
+from .inner_pass import RandomState, implementation, input_gradients, logits_of
+from .shared import Penalty, SharedForward, penalties_of
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -67,6 +50,7 @@ def log_density(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """
     check_input(x)
     logits = logits_of(model, x)
+    refuse_one_logit(logits)
     refuse_normalised(logits)
     return logsumexp(logits)
 
@@ -102,7 +86,9 @@ def density_penalty(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     penalty = DensityPenalty(p=p, power=power, method=method, step_size=step_size, fast=fast)
-    return reduce(penalty.per_sample(model, x).penalty, reduction)
+    check_input(x)
+    with implementation(fast):
+        return _reduced(penalties_of(penalty, SharedForward(model, x)), reduction)
 
 
 @uncompiled
@@ -125,14 +111,19 @@ def density_penalty_from_logits(
         As ``rds_fast.DensityPenalty``; RuntimeError also if x does not require a gradient.
     """
     check_choice("reduction", reduction, REDUCTIONS)
-    p, power = check_norm(p, power)
-    check_given_logits(logits, x)
-    refuse_normalised(logits)
-    return reduce(input_gradient_norm(logsumexp(logits), x, p, power), reduction)
+    penalty = DensityPenalty(p=p, power=power)
+    return _reduced(penalties_of(penalty, SharedForward.of_logits(logits, x)), reduction)
+
+
+def _reduced(penalties: Tensor, reduction: str) -> Tensor:
+    """The penalties of the samples to their mean or sum, or as they are."""
+    if reduction == "mean":
+        return penalties.mean()
+    return penalties.sum() if reduction == "sum" else penalties
 
 
 @dataclass(frozen=True, kw_only=True)
-class DensityPenalty:
+class DensityPenalty(Penalty):
     """The density penalty as an object: ``penalty(model, x, y)`` is the mean of ``‖∇ₓ log p(x)‖ₚ^power``.
 
     ``"exact"`` differentiates through the gradient: one forward, an inner backward with its graph, and twice their work
@@ -181,72 +172,37 @@ class DensityPenalty:
         if not 0 < check_number("step_size", self.step_size) < float("inf"):
             raise ValueError(f"step_size is {self.step_size}; it must be positive and finite, in the units of x")
 
-    @uncompiled
-    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The mean penalty of x (N, ...), a scalar. The labels y are not used."""
-        return self.per_sample(model, x).penalty.mean()
-
-    @uncompiled
-    def from_logits(self, logits: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The mean penalty from logits computed from x, see ``density_penalty_from_logits``; exact only."""
-        if self.method != "exact":
-            raise ValueError(
-                f"method is {self.method!r}, which runs the model a second time, and from_logits has no model; call "
-                "penalty(model, x, y), or use PenalizedLoss, which shares the first forward"
+    def per_sample(self, shared: SharedForward) -> Tensor:
+        """The penalty of each sample, (N,). The labels are not used."""
+        if self.method == "exact":
+            return shared.gradient_norm("log_density", self.p, self.power)
+        for x in shared.differentiated():
+            _refuse_coarse("x is", x.dtype)
+        device = shared.differentiated()[0].device
+        with without_autocast(device):
+            random_state = RandomState(device)
+            shared.run(derivatives=1)
+            _refuse_coarse("the logits are", shared.logits.dtype)
+            log_density = shared.log_density
+            norm, directions = self._dual_direction(
+                shared, input_gradients(log_density, shared.inputs, names=shared.names)
             )
-        with implementation(self.fast):
-            return density_penalty_from_logits(logits, x, p=self.p, power=self.power)
-
-    @uncompiled
-    def per_sample(
-        self,
-        model: Callable[[Tensor], Tensor],
-        x: Tensor,
-        y: Tensor | None = None,
-        *,
-        label_smoothing: float = 0.0,
-    ) -> PerSample:
-        """The penalty of each sample and the logits; given labels, the cross-entropy too, from the same forward."""
-        method = self._exact if self.method == "exact" else self._finite_difference
-        with implementation(self.fast):
-            return method(model, x, y, label_smoothing)
-
-    def _exact(
-        self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | None, label_smoothing: float
-    ) -> PerSample:
-        logits, x = forward_for_double_backward(model, x)
-        refuse_normalised(logits)
-        cross_entropy, log_sum_exp = _cross_entropy_and_logsumexp(logits, y, label_smoothing)
-        return PerSample(input_gradient_norm(log_sum_exp, x, self.p, self.power), cross_entropy, logits)
-
-    def _finite_difference(
-        self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | None, label_smoothing: float
-    ) -> PerSample:
-        base = differentiable_input(x)
-        _refuse_coarse("x is", x.dtype)
-        with without_autocast(x.device):
-            random_state = RandomState(x.device)
-            logits = forward(model, base, twice_differentiable=False)
-            _refuse_coarse("the logits are", logits.dtype)
-            refuse_normalised(logits)
-            cross_entropy, log_sum_exp = _cross_entropy_and_logsumexp(logits, y, label_smoothing)
-            norm, direction = _dual_direction(input_gradient(log_sum_exp, base, create_graph=False), self.p)
             # From the caller's x: if that needs no gradient, neither does the second forward's input.
             step_size = float(self.step_size)
-            with frozen_statistics(model), random_state.replayed():
-                moved_logits = model(x + step_size * direction)
+            moved = [x + step_size * d for x, d in zip(shared.differentiated(), directions, strict=True)]
+            with random_state.replayed():
+                moved_density = shared.log_density_of(shared.logits_at(*moved))
             # Other samples move this one through batch norm, so a zero direction alone would not give zero.
-            difference = torch.where(norm == 0, 0.0, logsumexp(moved_logits) - log_sum_exp)
-            penalty = gradient_norm(difference / step_size, 1.0, power=self.power)
-        return PerSample(penalty, cross_entropy, logits)
+            difference = torch.where(norm == 0, 0.0, moved_density - log_density)
+            return gradient_norm(difference / step_size, 1.0, power=self.power)
 
-
-def _cross_entropy_and_logsumexp(
-    logits: Tensor, y: Tensor | None, label_smoothing: float
-) -> tuple[Tensor | None, Tensor]:
-    if y is None:
-        return None, logsumexp(logits)
-    return cross_entropy_with_logsumexp(logits, y, label_smoothing=label_smoothing)
+    def _dual_direction(
+        self, shared: SharedForward, gradients: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """n = ‖g‖ₚ (N,), g masked, and d = ∇n, which has unit dual norm and d·g = n; 0 at a zero gradient."""
+        leaves = [gradient.detach().requires_grad_() for gradient in gradients]
+        norm = gradient_norm(shared.rows(leaves), self.p)
+        return norm.detach(), torch.autograd.grad(norm.sum(), leaves)
 
 
 def _refuse_coarse(found: str, dtype: torch.dtype) -> None:
@@ -254,11 +210,3 @@ def _refuse_coarse(found: str, dtype: torch.dtype) -> None:
         raise ValueError(
             f"{found} {dtype}, too coarse for a finite difference; use float32 or float64 throughout, or method='exact'"
         )
-
-
-def _dual_direction(gradient: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """n = ‖g‖ₚ (N,) and d = ∇n, which has unit dual norm and d·g = n; 0 at a zero gradient."""
-    gradient = gradient.detach().requires_grad_()
-    norm = gradient_norm(gradient, p)
-    (direction,) = torch.autograd.grad(norm.sum(), gradient)
-    return norm.detach(), direction

@@ -7,9 +7,9 @@ through the batch statistics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..backends import use_backend
 from ..double_backward import fast_double_backward
-from ..ops.gradient_norm import gradient_norm
 from ..ops.logsumexp import autocast_enabled, without_autocast
 from .checks import (
     check_autograd,
@@ -25,8 +24,6 @@ from .checks import (
     check_logits,
     check_model,
     no_path,
-    refuse_compiled,
-    refuse_compiled_logits,
 )
 
 # The cotangent of the inner pass where it may run in float16. It lifts what lies below 6e-8, float16's least number,
@@ -35,39 +32,31 @@ from .checks import (
 FLOAT16_COTANGENT = 2.0**8
 
 
-class PerSample(NamedTuple):
-    """What one shared forward gives. cross_entropy is None where it was not asked for."""
-
-    penalty: Tensor
-    cross_entropy: Tensor | None
-    logits: Tensor
-
-
 def implementation(fast: bool) -> AbstractContextManager[None]:
     """``fast=False``: the operations inside, and the model's layers, run on plain PyTorch."""
     return nullcontext() if fast else use_backend("reference")
 
 
-def differentiable_input(x: Tensor) -> Tensor:
+def differentiable_input(x: Tensor, name: str = "x") -> Tensor:
     """An alias of x to differentiate with respect to.
 
     The inner pass leaves no trace on x: neither ``x.grad``, nor its hooks, nor ``requires_grad`` see it. If x itself
     requires a gradient the alias is a view, so that the penalty stays differentiable with respect to x.
     """
-    check_input(x)
+    check_input(x, name)
     check_autograd()
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
 
-def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The model's logits, checked."""
+def logits_of(model: Callable[..., Tensor], x: Any) -> Tensor:
+    """The model's logits, checked. A tuple of inputs goes to ``model(*x)``, a dict to ``model(**x)``."""
     check_model(model)
-    logits = model(x)
+    logits = model(*x) if isinstance(x, tuple) else model(**x) if isinstance(x, dict) else model(x)
     check_logits(logits, x)
     return logits
 
 
-def forward(model: Callable[[Tensor], Tensor], x: Tensor, *, twice_differentiable: bool = True) -> Tensor:
+def forward(model: Callable[..., Tensor], x: Any, *, twice_differentiable: bool = True) -> Tensor:
     """The same, where they require a gradient; with a fast double backward if they are to be differentiated twice."""
     with fast_double_backward() if twice_differentiable else nullcontext():
         logits = logits_of(model, x)
@@ -76,61 +65,45 @@ def forward(model: Callable[[Tensor], Tensor], x: Tensor, *, twice_differentiabl
     return logits
 
 
-def forward_for_double_backward(model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits and the alias of x that they were computed from, ready for an exact penalty."""
-    refuse_compiled(model)
-    x = differentiable_input(x)
-    logits = forward(model, x)
-    refuse_compiled_logits(logits)
-    return logits, x
-
-
-def input_gradient(output: Tensor, x: Tensor, *, cotangent: float = 1.0, create_graph: bool) -> Tensor:
-    """The gradient of Σ cotangent · output with respect to x, outside autocast, which is for forwards.
+def input_gradients(
+    output: Tensor,
+    inputs: Sequence[Tensor],
+    *,
+    cotangent: float = 1.0,
+    create_graph: bool = False,
+    names: Sequence[str] = ("x",),
+) -> tuple[Tensor, ...]:
+    """The gradient of Σ cotangent · output with respect to each of the inputs, outside autocast, which is for forwards.
 
     Without ``create_graph`` the graph of the output is kept for the training step's own backward, and none is added.
     """
-    cotangents = torch.full((), cotangent, dtype=output.dtype, device=output.device).expand_as(output)
-    with without_autocast(x.device):
-        (gradient,) = torch.autograd.grad(
-            output, x, cotangents, create_graph=create_graph, retain_graph=True, allow_unused=True
-        )
-    if gradient is None:
+    if not output.requires_grad:
         raise no_path()
-    return gradient
+    cotangents = torch.full((), cotangent, dtype=output.dtype, device=output.device).expand_as(output)
+    with without_autocast(inputs[0].device):
+        gradients = torch.autograd.grad(
+            output, inputs, cotangents, create_graph=create_graph, retain_graph=True, allow_unused=True
+        )
+    for gradient, name in zip(gradients, names, strict=True):
+        if gradient is None:
+            raise no_path(name)
+    return gradients
 
 
 def guarded_input_gradient(output: Tensor, x: Tensor, *, create_graph: bool = True) -> Tensor:
     """The gradient of Σ output with respect to x; where it may run in float16, with a cotangent undone in float32."""
-    cotangent = FLOAT16_COTANGENT if _in_float16(output, x) else 1.0
-    gradient = input_gradient(output, x, cotangent=cotangent, create_graph=create_graph)
+    cotangent = cotangent_of(output, (x,))
+    (gradient,) = input_gradients(output, (x,), cotangent=cotangent, create_graph=create_graph)
     return gradient if cotangent == 1.0 else gradient.float() / cotangent
 
 
-def input_gradient_norm(output: Tensor, x: Tensor, p: float, power: float, *, target: Tensor | None = None) -> Tensor:
-    """``‖∇ₓ output‖ₚ^power`` of each sample, (N,), differentiable: the inner pass with its graph.
-
-    Given a constant ``target`` of x's shape, ``‖∇ₓ output − target‖ₚ^power``.
-    """
-    power = float(power)  # the negative of one of NumPy's unsigned numbers is not what it says
-    cotangent = FLOAT16_COTANGENT if _in_float16(output, x) else 1.0
-    gradient = input_gradient(output, x, cotangent=cotangent, create_graph=True)
-    gradient = gradient if cotangent == 1.0 else gradient.float()
-    if target is not None:
-        gradient = gradient - cotangent * target
-    norm = gradient_norm(gradient, p, power=power)
-    return norm if cotangent == 1.0 else norm * cotangent**-power
-
-
-def constant_input_gradient(output: Tensor, x: Tensor) -> Tensor:
-    """``∇ₓ output``, without a graph; in at least float32 where the inner pass may run in float16."""
-    return guarded_input_gradient(output, x, create_graph=False)
-
-
-def _in_float16(output: Tensor, x: Tensor) -> bool:
-    if torch.float16 in (output.dtype, x.dtype):
-        return True
-    return autocast_enabled(x.device) and torch.get_autocast_dtype(x.device.type) == torch.float16
+def cotangent_of(output: Tensor, inputs: Sequence[Tensor]) -> float:
+    """What the inner pass begins with: 1, or more where it may run in float16."""
+    if torch.float16 in (output.dtype, *(x.dtype for x in inputs)):
+        return FLOAT16_COTANGENT
+    device = inputs[0].device
+    in_float16 = autocast_enabled(device) and torch.get_autocast_dtype(device.type) == torch.float16
+    return FLOAT16_COTANGENT if in_float16 else 1.0
 
 
 class RandomState:
@@ -200,10 +173,3 @@ def _is_batch_norm(module: torch.nn.Module) -> bool:
         _BatchNorm.forward,
         torch.nn.SyncBatchNorm.forward,
     )
-
-
-def reduce(penalty: Tensor, reduction: str) -> Tensor:
-    """The penalties of the samples to their mean or sum, or as they are."""
-    if reduction == "mean":
-        return penalty.mean()
-    return penalty.sum() if reduction == "sum" else penalty

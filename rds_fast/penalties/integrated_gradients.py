@@ -26,7 +26,7 @@ from ..compilation import uncompiled
 from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..ops.inputs import check_count, check_number
 from ..reference import accumulation_dtype
-from .checks import check_choice, check_input, refuse_compiled
+from .checks import check_choice, check_input, refuse_compiled, refuse_one_logit
 from .inner_pass import (
     differentiable_input,
     forward,
@@ -34,7 +34,7 @@ from .inner_pass import (
     guarded_input_gradient,
     samples_interact,
 )
-from .input_gradient import target_logit
+from .shared import target_logit
 
 # Without a graph to be kept, about so many values of inputs at most go through the model at once: 16 MiB in float32,
 # and some hundred times that in the activations of a convolutional network.
@@ -95,7 +95,7 @@ def integrated_gradients(
             gradients are disabled or the model is compiled.
     """
     steps = check_count("steps", steps)
-    check_choice("of", of, ("cross_entropy", "target_logit"))
+    check_choice("of", of, tuple(_OUTPUTS))
     if not create_graph:
         return _without_graph(model, x, y, baseline, steps, layer, of)
     check_input(x)
@@ -103,7 +103,8 @@ def integrated_gradients(
     refuse_compiled(model)
     module = find_layer(model, layer)
     with frozen_statistics(model):
-        return path_terms(model, x, y, _baseline(baseline, x), steps, module, of=of).attribution.to(x.dtype)
+        terms = path_terms(model, x, y, _baseline(baseline, x), steps, module, output_of=_OUTPUTS[of])
+    return terms.attribution.to(x.dtype)
 
 
 def _without_graph(
@@ -125,7 +126,9 @@ def _without_graph(
         at_once = steps if samples_interact(model) else _VALUES_AT_ONCE // max(x.numel(), 1)
         attribution = torch.zeros((), device=x.device)
         for positions in _pieces(steps, at_once):
-            terms = path_terms(frozen, x, y, start, steps, module, positions, create_graph=False, of=of)
+            terms = path_terms(
+                frozen, x, y, start, steps, module, positions, create_graph=False, output_of=_OUTPUTS[of]
+            )
             attribution = attribution + terms.attribution
         return attribution.to(x.dtype)
 
@@ -140,9 +143,12 @@ def path_terms(
     positions: range | None = None,
     *,
     create_graph: bool = True,
-    of: str = "cross_entropy",
+    output_of: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> PathTerms:
-    """The terms k in ``positions`` (default: all, 1..steps) of the sum, and the logits at the last of them."""
+    """The terms k in ``positions`` (default: all, 1..steps) of the sum, and the logits at the last of them.
+
+    ``output_of``: ℓ, of logits and labels; default: the cross-entropy.
+    """
     positions = positions or range(1, steps + 1)
     first = positions.start if layer is None else positions.start - 1  # a difference needs the point before, too
     points = differentiable_input(_path(x, baseline, range(first, positions.stop), steps))
@@ -151,7 +157,7 @@ def path_terms(
     count, samples = positions.stop - first, x.shape[0]
     labels = y.expand(count, *y.shape).flatten(0, 1)
     place = points if layer is None else _only(outputs, len(points))
-    output = target_logit(logits, labels) if of == "target_logit" else cross_entropy_with_logsumexp(logits, labels)[0]
+    output = (output_of or cross_entropies_of)(logits, labels)
     gradient = guarded_input_gradient(output, place, create_graph=create_graph)
     gradient = _precise(gradient).unflatten(0, (count, samples))
     if layer is None:
@@ -160,6 +166,12 @@ def path_terms(
         outputs_along = _precise(place).unflatten(0, (count, samples))
         attribution = (gradient[1:] * outputs_along.diff(dim=0)).sum(0)
     return PathTerms(attribution if create_graph else attribution.detach(), logits[-samples:] if samples else logits)
+
+
+def cross_entropies_of(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The cross-entropy of each sample, (N,)."""
+    refuse_one_logit(logits)
+    return cross_entropy_with_logsumexp(logits, y, label_smoothing=label_smoothing)[0]
 
 
 def find_layer(model: Any, name: str | None) -> nn.Module | None:
@@ -253,3 +265,6 @@ def _only(outputs: list[Any], points: int) -> Tensor:
 
 def _precise(tensor: Tensor) -> Tensor:
     return tensor.to(accumulation_dtype(tensor.dtype))
+
+
+_OUTPUTS = {"cross_entropy": cross_entropies_of, "target_logit": target_logit}

@@ -12,20 +12,17 @@ Source: Hoffman, Roberts and Yaida, *Robust learning with Jacobian regularizatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..compilation import uncompiled
-from ..ops.cross_entropy import cross_entropy_with_logsumexp
-from .checks import check_given_logits
-from .inner_pass import PerSample, forward_for_double_backward, implementation, input_gradient_norm
+from .shared import Penalty, SharedForward
 
 
 @dataclass(frozen=True, kw_only=True)
-class JacobianPenalty:
+class JacobianPenalty(Penalty):
     """``penalty(model, x, y)`` is the mean of ``½ ‖∂f/∂x‖²_F``, or an unbiased estimate of it.
 
     Differentiable with respect to the model's parameters, and to x where that requires a gradient (``x.grad`` does not
@@ -64,33 +61,10 @@ class JacobianPenalty:
         if self.projections < 1:
             raise ValueError(f"projections is {self.projections}; it must be at least 1, or None for the exact norm")
 
-    @uncompiled
-    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The mean penalty of x (N, ...), a scalar. The labels y are not used."""
-        with implementation(self.fast):
-            return self._penalty(*forward_for_double_backward(model, x)).mean()
-
-    @uncompiled
-    def from_logits(self, logits: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The mean penalty from logits computed from x, which required a gradient then; their forward is shared."""
-        check_given_logits(logits, x)
-        with implementation(self.fast):
-            return self._penalty(logits, x).mean()
-
-    def per_sample(
-        self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor | None = None, *, label_smoothing: float = 0.0
-    ) -> PerSample:
-        """The penalty of each sample and the logits; given labels, the cross-entropy too, from the same forward."""
-        with implementation(self.fast):
-            logits, x = forward_for_double_backward(model, x)
-            cross_entropy = None
-            if y is not None:
-                cross_entropy, _ = cross_entropy_with_logsumexp(logits, y, label_smoothing=label_smoothing)
-            return PerSample(self._penalty(logits, x), cross_entropy, logits)
-
-    def _penalty(self, logits: Tensor, x: Tensor) -> Tensor:
-        """½ ‖J‖²_F of each sample, (N,)."""
-        squares = [input_gradient_norm(output, x, 2.0, 2) for output in self._outputs(logits)]
+    def per_sample(self, shared: SharedForward) -> Tensor:
+        """½ ‖J‖²_F of each sample, (N,). The labels are not used."""
+        logits = shared.logits
+        squares = [shared.gradient_norm(output, 2.0, 2) for output in self._outputs(logits)]
         # A basis gives the sum itself; each random direction gives one C-th of it on average.
         scale = 0.5 if self.projections is None else 0.5 * logits.shape[1] / self.projections
         return scale * torch.stack(squares).sum(0)

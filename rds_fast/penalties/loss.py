@@ -5,45 +5,29 @@ The penalty may be left out of most steps, and of a part of each batch; either w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..compilation import uncompiled
-from ..double_backward import fast_double_backward
-from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..ops.inputs import check_number
-from .checks import IGNORED, check_autograd, check_input
-from .inner_pass import (
-    differentiable_input,
-    forward,
-    frozen_statistics,
-    implementation,
-    logits_of,
-    samples_interact,
-)
+from .checks import IGNORED, check_autograd
+from .inner_pass import frozen_statistics, implementation, samples_interact
+from .inputs import Key, Masks, at, keys_of, mask_rows, masks_of, rows_of
+from .losses import Loss, check_loss
 from .schedules import Schedule, check_steps, check_weight, weight_at
-
-
-class Penalty(Protocol):
-    """A scalar penalty of a model at inputs x with labels y.
-
-    A penalty of logits that were computed already may have ``from_logits(logits, x, y)`` too, x requiring a gradient;
-    ``PenalizedLoss`` then shares the forward. One that computes the cross-entropy besides, of each sample, may have
-    ``per_sample(model, x, y)`` to (penalty, cross-entropy, logits), with ``label_smoothing`` as a keyword where that is
-    not 0.
-    """
-
-    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor: ...
+from .shared import Penalty, SharedForward, penalties_of
 
 
 class LossTerms(NamedTuple):
     """The loss and what it is made of, attached to the graph but for the 0 of a penalty that was left out.
 
     The penalty is an unbiased estimate of its mean over the batch, and ``total = cross_entropy + weight · penalty``.
+    With a loss of one's own, ``cross_entropy`` is its mean.
     """
 
     total: Tensor
@@ -52,18 +36,39 @@ class LossTerms(NamedTuple):
     logits: Tensor
 
 
-# The cross-entropy of each sample (N,), the penalty, and the logits.
+class _Batch(NamedTuple):
+    """What a call was given, checked."""
+
+    model: Callable[..., Tensor]
+    x: Any
+    y: Any
+    keys: tuple[Key, ...]
+    masks: Masks
+    sample_weight: Tensor | None
+
+    def at(self, order: Tensor) -> _Batch:
+        """The samples at ``order``."""
+        x, y = (rows_of(values, order, self.samples) for values in (self.x, self.y))
+        weight = None if self.sample_weight is None else self.sample_weight[order]
+        return self._replace(x=x, y=y, masks=mask_rows(self.masks, self.x, self.keys, order), sample_weight=weight)
+
+    @property
+    def samples(self) -> int:
+        return at(self.x, self.keys)[0].shape[0]
+
+
+# The loss of each sample (N,), the penalty, and the logits.
 _Terms = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class PenalizedLoss:
-    """``loss(model, x, y)``: mean cross-entropy + weight · penalty.
+    """``loss(model, x, y)``: mean cross-entropy + weight · mean penalty.
 
-    The model runs once where the penalty can share its forward: ``DensityPenalty`` (the finite difference needs a
-    second one), ``InputGradientPenalty``, ``JacobianPenalty``, ``GradientMatchingPenalty``, and any penalty with
-    ``from_logits``. A second forward leaves the model's buffers alone. With a finite difference under autocast the
-    shared forward, and so the cross-entropy, is in x's own precision.
+    The model runs once where the penalty takes what it needs from that forward: all penalties here do, but that the
+    finite difference needs a second one, and the penalties of attributions forwards of their own. A second forward
+    leaves the model's buffers alone. With a finite difference under autocast the shared forward, and so the
+    cross-entropy, is in x's own precision.
 
     **every = k**: at a step divisible by k the penalty counts k times, at the others it is 0 and the step is plain
     cross-entropy (lazy regularisation, Karras et al. 2020). The mean over k steps at the same parameters is the loss
@@ -73,19 +78,39 @@ class PenalizedLoss:
     call, uniformly and without replacement; each sample is in with chance n / N, so the expectation is the mean over
     the batch. The cross-entropy is always of all N samples. What that costs depends on the model:
 
-    - Samples do not interact, and the penalty shares its forward: the batch is cut in two, n samples with the penalty
-      and the others without, at 1 + s (r − 1).
+    - Samples do not interact: the batch is cut in two, n samples with the penalty and the others without, at
+      1 + s (r − 1).
     - Batch norm uses the statistics of the batch, and the cross-entropy needs those of the whole batch: one plain
       forward of all N, then the penalty's own of the n, with *their* statistics (and the running ones left alone), at
       1 + s r. From s = ½ on that saves no arithmetic. The estimate is then unbiased for the penalty of batches of n.
-      The same two forwards serve whatever else has buffers in train mode, a model that is no ``torch.nn.Module``, and
-      penalties with the call alone.
+      The same two forwards serve whatever else has buffers in train mode, and a model that is no ``torch.nn.Module``.
 
     Batch norm is recognised by PyTorch's classes; a layer of one's own that mixes samples, without buffers, is not.
 
+    **loss**: a callable of (logits, y) to the loss of each sample, (N,), in the place of the softmax cross-entropy,
+    such as ``rds_fast.BinaryCrossEntropy()`` or a focal loss. ``terms.cross_entropy`` is then its mean, over all
+    samples, and ``of="cross_entropy"`` its gradient. The log density of x is log Σ exp f where y holds class indices
+    (N,), or the loss is PyTorch's cross-entropy; Σ log(1 + exp fᵢ) where it is a binary cross-entropy of PyTorch's or
+    ours, or there is one logit; otherwise the loss has to say it, by an attribute ``log_density``, a function of the
+    logits, or the density penalty raises.
+
+    **Several inputs**: x may be a tuple, and the model is called as ``model(*x)``, or a dict, ``model(**x)``. The
+    penalty differentiates with respect to the floating-point tensors among them, or to those that ``with_respect_to``
+    names (in a tuple: counts), each (N, ...); its norm is of all their gradients of a sample together, as if they were
+    one vector. The other entries are handed on as they are (with a share, those with N rows by samples).
+
+    **sample_weight = w**: the loss is Σ wₙ ℓₙ / Σ wₙ + λ Σ wₙ Rₙ / Σ wₙ: a sample of weight 2 counts as if it were in
+    the batch twice, one of weight 0 as if it were not (but in batch norm's statistics). With ``class_weight[y]`` the
+    cross-entropy is ``torch.nn.functional.cross_entropy(logits, y, weight=class_weight)``, without label smoothing
+    (which PyTorch weights by class too).
+
+    **mask**: the penalty is of the part of the gradient where the mask is True, or of the gradient times the mask where
+    that is floating-point. With a mask of what is irrelevant the model is *right for the right reasons* (Ross, Hughes
+    and Doshi-Velez 2017; their own gradient is that of Σ log p_k, and their power 2).
+
     Args:
-        penalty: a callable ``penalty(model, x, y)`` to a scalar, such as ``rds_fast.DensityPenalty()``; with a share
-            below 1 it must be a mean over the samples.
+        penalty: an object with ``per_sample(shared)`` to the penalty of each sample (N,), such as
+            ``rds_fast.DensityPenalty()``, or a function of the shared forward to that; see ``rds_fast.Penalty``.
         weight: λ, a number (Python's or NumPy's) that is not negative, or a schedule: a callable of the step, such as
             ``rds_fast.schedules.LinearWarmup`` or ``rds_fast.PenaltyRatio``. A schedule may return a tensor of no
             dimension; its value is not read, so neither checked, and takes no gradient.
@@ -94,31 +119,33 @@ class PenalizedLoss:
         generator: the source of the samples drawn, on x's device; default: PyTorch's own of that device.
         label_smoothing: ε in [0, 1] of the cross-entropy: its target becomes (1 − ε) target + ε / C for C classes. The
             penalty is not affected.
+        loss: ℓ, see above; None is the cross-entropy.
+        with_respect_to: names or positions of the inputs to differentiate with respect to; one, or several.
         fast: False runs the loss's and the penalty's own operations (log-sum-exp, cross-entropy, norm) and the model's
             layers on plain PyTorch; True runs what is differentiated twice under ``rds_fast.fast_double_backward``.
 
-    Source of ``every``: Karras et al., *Analyzing and improving the image quality of StyleGAN*, CVPR 2020, appendix B.
+    Sources: of ``every``, Karras et al., *Analyzing and improving the image quality of StyleGAN*, CVPR 2020, appendix
+    B; of ``mask``, Ross, Hughes and Doshi-Velez, *Right for the right reasons*, IJCAI 2017.
 
     Raises:
-        TypeError: penalty is not callable, every is not an int, or a weight, the share or the label smoothing is not a
-            number.
-        ValueError: a weight is negative or not finite, every is less than 1, or the share or the label smoothing is out
-            of its range.
+        TypeError: penalty or loss is not callable as above, every is not an int, or a weight, the share or the label
+            smoothing is not a number.
+        ValueError: a weight is negative or not finite, every is less than 1, the share or the label smoothing is out of
+            its range or stands beside a loss, or the loss takes the mean itself.
     """
 
-    penalty: Penalty
+    penalty: Any
     weight: float | Schedule = 0.1
     every: int = field(default=1, kw_only=True)
     share: float = field(default=1.0, kw_only=True)
     generator: torch.Generator | None = field(default=None, kw_only=True)
     label_smoothing: float = field(default=0.0, kw_only=True)
+    loss: Loss | None = field(default=None, kw_only=True)
+    with_respect_to: str | int | Sequence[str | int] | None = field(default=None, kw_only=True)
     fast: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not callable(self.penalty) or isinstance(self.penalty, type):
-            raise TypeError(
-                f"penalty is {self.penalty!r}; it must be a callable penalty(model, x, y) such as DensityPenalty()"
-            )
+        _check_penalty(self.penalty)
         if not callable(self.weight):
             check_weight(self.weight)
         check_steps(self.every, "every")
@@ -126,18 +153,36 @@ class PenalizedLoss:
             raise ValueError(f"share is {self.share}; it must be in (0, 1], the part of each batch that is penalised")
         if not 0 <= check_number("label_smoothing", self.label_smoothing) <= 1:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1]")
+        check_loss(self.loss)
+        if self.loss is not None and self.label_smoothing:
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing} beside a loss of your own, which it would not change; give "
+                "the loss its smoothing itself"
+            )
 
     @uncompiled
-    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, step: int | None = None) -> LossTerms:
+    def __call__(
+        self,
+        model: Callable[..., Tensor],
+        x: Any,
+        y: Any,
+        step: int | None = None,
+        mask: Any = None,
+        sample_weight: Tensor | None = None,
+    ) -> LossTerms:
         """The loss of one batch; ``terms.total.backward()`` trains.
 
         Args:
             model: maps x to logits (N, C).
-            x: (N, ...), floating point. ``x.grad`` does not see the inner pass; if x requires a gradient the total is
-                differentiable with respect to it, and ``total.backward()`` fills ``x.grad`` like any loss of x.
+            x: (N, ...), floating point; or a tuple or a dict of inputs. ``x.grad`` does not see the inner pass; if x
+                requires a gradient the total is differentiable with respect to it, and ``total.backward()`` fills
+                ``x.grad`` like any loss of x.
             y: class indices (N,), rows of −100 left out of the cross-entropy and its mean as in PyTorch; or
-                probabilities (N, C).
+                probabilities (N, C). With a loss of one's own, what that takes.
             step: the number of the training step, from 0; needed by a schedule and by ``every`` above 1.
+            mask: bool or floating point, of x's shape or one that expands to it; for several inputs a tuple or a dict
+                of masks like x, in which None, or no entry, leaves an input as it is.
+            sample_weight: (N,), floating point, not negative.
 
         Returns:
             ``LossTerms(total, cross_entropy, penalty, logits)``: scalars, and logits (N, C) in the order of x. At a
@@ -145,19 +190,26 @@ class PenalizedLoss:
             backward costs no more than that.
 
         Raises:
-            ValueError: step is missing and needed, or the schedule's weight is out of range.
+            ValueError: step is missing and needed, the schedule's weight is out of range, a mask or the sample weights
+                do not fit, or the penalty is one of no input gradient that a mask could confine.
             TypeError, ValueError, IndexError, RuntimeError: as the penalty and ``cross_entropy_with_logsumexp``.
         """
         weight = weight_at(self.weight, step)
         applied = self._applied_at(step)
-        check_input(x)
-        if not isinstance(y, Tensor):
+        keys = keys_of(x, self.with_respect_to)
+        if self.loss is None and not isinstance(y, Tensor):
             raise TypeError(
                 f"y is a {type(y).__name__}; it must be a torch.Tensor of class indices (N,) or probabilities (N, C)"
             )
-        with implementation(self.fast):
-            losses, penalty, logits = (self._terms if applied else self._without_penalty)(model, x, y)
-            cross_entropy = mean_of_counted(losses, y)
+        batch = _Batch(model, x, y, keys, masks_of(mask, x, keys), sample_weight)
+        if sample_weight is not None:
+            check_sample_weight(sample_weight, at(x, keys)[0])
+        with implementation(self.fast and (not applied or getattr(self.penalty, "fast", True))):
+            losses, penalty, logits = self._terms(batch) if applied else self._without_penalty(batch)
+            if self.loss is None:
+                cross_entropy = mean_of_counted(losses, y, sample_weight)
+            else:
+                cross_entropy = weighted_mean(losses, sample_weight)
         if applied and self.every > 1:
             penalty = self.every * penalty
         if isinstance(weight, Tensor):
@@ -177,68 +229,113 @@ class PenalizedLoss:
             )
         return step % self.every == 0
 
-    def _terms(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> _Terms:
+    def _terms(self, batch: _Batch) -> _Terms:
         """With the penalty, of all samples or of those drawn."""
         check_autograd()
-        shares_forward = hasattr(self.penalty, "per_sample") or hasattr(self.penalty, "from_logits")
-        drawn = max(1, round(float(self.share) * len(x)))
-        if drawn >= len(x):
-            return self._shared(model, x, y) if shares_forward else self._apart(model, x, y, x, y)
-        if y.shape[:1] != x.shape[:1]:
-            raise ValueError(f"y has shape {tuple(y.shape)}; it must have a row for each of the {len(x)} samples of x")
-        order = torch.randperm(len(x), device=x.device, generator=self.generator)
-        if shares_forward and not samples_interact(model):
-            return self._cut(model, x, y, order, drawn)
-        return self._apart(model, x, y, x[order[:drawn]], y[order[:drawn]])
-
-    def _shared(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> _Terms:
-        """From one forward, or what the penalty itself makes of it."""
-        per_sample: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = getattr(self.penalty, "per_sample", None)
-        if per_sample is not None:
-            smoothing = {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
-            penalties, losses, logits = per_sample(model, x, y, **smoothing)
+        samples = batch.samples
+        drawn = max(1, round(float(self.share) * samples))
+        if drawn >= samples:
+            losses, penalties, logits = self._shared(batch)
+            return losses, weighted_mean(penalties, batch.sample_weight), logits
+        if not isinstance(batch.y, Tensor) or batch.y.shape[:1] != (samples,):
+            given = f"shape {tuple(batch.y.shape)}" if isinstance(batch.y, Tensor) else f"type {type(batch.y).__name__}"
+            raise ValueError(f"y has {given}; it must have a row for each of the {samples} samples of x")
+        order = torch.randperm(samples, device=at(batch.x, batch.keys)[0].device, generator=self.generator)
+        part = batch.at(order[:drawn])
+        if samples_interact(batch.model):
+            losses, _, logits = self._without_penalty(batch)
+            with frozen_statistics(batch.model):
+                penalties = penalties_of(self.penalty, self._forward(part))
+        else:
+            first_losses, penalties, first_logits = self._shared(part)
+            rest_losses, _, rest_logits = self._without_penalty(batch.at(order[drawn:]))
+            losses, logits = (
+                torch.empty_like(both).index_copy(0, order, both)
+                for both in (torch.cat([first_losses, rest_losses]), torch.cat([first_logits, rest_logits]))
+            )
+        if batch.sample_weight is None or part.sample_weight is None:
             return losses, penalties.mean(), logits
-        inputs = differentiable_input(x)
-        logits = forward(model, inputs)
-        penalty = self.penalty.from_logits(logits, inputs, y)  # type: ignore[attr-defined]  # as the caller looked up
-        return self._cross_entropy(logits, y), _scalar(penalty), logits
+        # Over the weights of all samples: the sum over those drawn is unbiased, a quotient of two such sums is not.
+        penalty = (penalties * part.sample_weight).sum() * (samples / drawn) / batch.sample_weight.sum()
+        return losses, penalty.to(penalties.dtype), logits
 
-    def _cut(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, order: Tensor, drawn: int) -> _Terms:
-        """The samples drawn with their penalty, the others without; the cross-entropies are in the order drawn."""
-        first, rest = order[:drawn], order[drawn:]
-        first_losses, penalty, first_logits = self._shared(model, x[first], y[first])
-        rest_losses, _, rest_logits = self._without_penalty(model, x[rest], y[rest])
-        logits = torch.cat([first_logits, rest_logits])
-        in_order = torch.empty_like(logits).index_copy(0, order, logits)
-        return torch.cat([first_losses, rest_losses]), penalty, in_order
+    def _shared(self, batch: _Batch) -> _Terms:
+        """The losses and the penalties of each sample, from one forward as far as the penalty allows it."""
+        shared = self._forward(batch, trains=True)
+        penalties = penalties_of(self.penalty, shared)
+        if not shared.has_run:
+            shared.run(derivatives=0)
+        return shared.training_loss, penalties, shared.logits
 
-    def _apart(
-        self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, penalized_x: Tensor, penalized_y: Tensor
-    ) -> _Terms:
-        """A plain forward for the cross-entropy; the penalty runs the model itself, on inputs of its own."""
-        losses, _, logits = self._without_penalty(model, x, y)
-        with frozen_statistics(model), fast_double_backward():
-            penalty = self.penalty(model, penalized_x, penalized_y)
-        return losses, _scalar(penalty), logits
+    def _without_penalty(self, batch: _Batch) -> _Terms:
+        shared = self._forward(batch, trains=True)
+        shared.run(derivatives=0)
+        losses = shared.training_loss
+        return losses, losses.new_zeros(()), shared.logits
 
-    def _without_penalty(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> _Terms:
-        logits = logits_of(model, x)
-        losses = self._cross_entropy(logits, y)
-        return losses, losses.new_zeros(()), logits
+    def _forward(self, batch: _Batch, *, trains: bool = False) -> SharedForward:
+        model, x, y, keys, masks, _ = batch
+        return SharedForward(
+            model,
+            x,
+            y,
+            keys=keys,
+            masks=masks,
+            loss=self.loss,
+            label_smoothing=self.label_smoothing,
+            trains=trains,
+        )
 
-    def _cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy_with_logsumexp(logits, y, label_smoothing=self.label_smoothing)[0]
+
+def _check_penalty(penalty: Any) -> None:
+    per_sample = getattr(penalty, "per_sample", penalty)
+    if callable(per_sample) and not isinstance(penalty, type):
+        if isinstance(penalty, Penalty):
+            return
+        try:
+            inspect.signature(per_sample).bind(None)
+        except ValueError:
+            return  # a callable without a signature
+        except TypeError:
+            pass
+        else:
+            return
+    raise TypeError(
+        f"penalty is {penalty!r}; it must have a method per_sample(shared), or be a function of the shared forward "
+        "alone, to the penalty of each sample (N,), such as DensityPenalty(): shared has model, x, targets, logits, "
+        "loss, log_density and gradient(of)"
+    )
 
 
-def mean_of_counted(cross_entropy: Tensor, y: Tensor) -> Tensor:
+def check_sample_weight(sample_weight: Any, x: Tensor) -> None:
+    """Raise unless there is a floating-point weight of each sample of x, on its device."""
+    if not isinstance(sample_weight, Tensor) or not sample_weight.is_floating_point():
+        given = sample_weight.dtype if isinstance(sample_weight, Tensor) else f"a {type(sample_weight).__name__}"
+        raise TypeError(
+            f"sample_weight is {given}; it must be a floating-point torch.Tensor (N,), such as weight.float()"
+        )
+    if sample_weight.shape != x.shape[:1]:
+        raise ValueError(
+            f"sample_weight has shape {tuple(sample_weight.shape)}; it must be ({x.shape[0]},), a weight of each sample"
+        )
+    if sample_weight.device != x.device:
+        raise ValueError(
+            f"sample_weight is on {sample_weight.device} and x on {x.device}; move one to the other's device"
+        )
+
+
+def weighted_mean(values: Tensor, sample_weight: Tensor | None) -> Tensor:
+    """Σ w v / Σ w, or the mean."""
+    if sample_weight is None:
+        return values.mean()
+    return ((values * sample_weight).sum() / sample_weight.sum()).to(values.dtype)
+
+
+def mean_of_counted(cross_entropy: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> Tensor:
     """The mean over the samples that count, as ``torch.nn.functional.cross_entropy`` takes it."""
     if y.is_floating_point():
-        return cross_entropy.mean()
-    return cross_entropy.sum() / (y != IGNORED).sum()
-
-
-def _scalar(penalty: Any) -> Tensor:
-    if not isinstance(penalty, Tensor) or penalty.dim():
-        given = f"a tensor of shape {tuple(penalty.shape)}" if isinstance(penalty, Tensor) else type(penalty).__name__
-        raise TypeError(f"the penalty returned {given}; it must return a scalar tensor, such as the mean over samples")
-    return penalty
+        return weighted_mean(cross_entropy, sample_weight)
+    counted = y != IGNORED
+    if sample_weight is None:
+        return cross_entropy.sum() / counted.sum()
+    return weighted_mean(cross_entropy, sample_weight * counted)

@@ -15,25 +15,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..compilation import uncompiled
-from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..ops.gradient_norm import check_norm
-from ..ops.logsumexp import logsumexp
-from .checks import check_choice, check_given_logits, check_model, refuse_normalised
-from .inner_pass import (
-    PerSample,
-    constant_input_gradient,
-    differentiable_input,
-    forward,
-    forward_for_double_backward,
-    implementation,
-    input_gradient_norm,
-)
-from .input_gradient import target_logit
+from .checks import check_choice, check_model
+from .inner_pass import cotangent_of, differentiable_input, forward, input_gradients
+from .shared import GRADIENTS_OF, Penalty, SharedForward
 
 
 @dataclass(frozen=True)
-class GradientMatchingPenalty:
+class GradientMatchingPenalty(Penalty):
     """``penalty(student, x, y)`` is the mean of ``‖∇ₓ ℓ_student − ∇ₓ ℓ_teacher‖ₚ^power``.
 
     Differentiable with respect to the student's parameters, and to x where that requires a gradient (``x.grad`` does
@@ -68,66 +57,30 @@ class GradientMatchingPenalty:
 
     teacher: Callable[[Tensor], Tensor] = field(repr=False)
     p: float = field(default=2.0, kw_only=True)
-    power: float = field(default=2, kw_only=True)
+    power: float = field(default=1, kw_only=True)
     of: str = field(default="cross_entropy", kw_only=True)
     fast: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         check_model(self.teacher)
         check_norm(self.p, self.power)
-        check_choice("of", self.of, ("cross_entropy", "target_logit", "log_density"))
+        check_choice("of", self.of, GRADIENTS_OF)
 
-    @uncompiled
-    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-        """The mean penalty of x (N, ...) with labels y, a scalar."""
-        with implementation(self.fast):
-            target = self._teacher_gradient(x, y)
-            logits, x = forward_for_double_backward(model, x)
-            return self._penalty(self._output(logits, y), x, target).mean()
+    def per_sample(self, shared: SharedForward) -> Tensor:
+        """The penalty of each sample, (N,)."""
+        target = self._teacher_gradients(shared)  # first: what it keeps is gone before the student's forward
+        return shared.gradient_norm(self.of, self.p, self.power, target=target)
 
-    @uncompiled
-    def from_logits(self, logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """The mean penalty from the student's logits computed from x, which required a gradient then."""
-        check_given_logits(logits, x)
-        with implementation(self.fast):
-            return self._penalty(self._output(logits, y), x, self._teacher_gradient(x, y)).mean()
-
-    def per_sample(
-        self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, label_smoothing: float = 0.0
-    ) -> PerSample:
-        """The penalty of each sample, the student's cross-entropy and its logits, from one forward of the student.
-
-        Label smoothing is for the cross-entropy that is returned; the penalty's own has none.
-        """
-        with implementation(self.fast):
-            target = self._teacher_gradient(x, y)  # first: what it keeps is gone before the student's forward
-            logits, x = forward_for_double_backward(model, x)
-            cross_entropy, log_density = cross_entropy_with_logsumexp(logits, y, label_smoothing=label_smoothing)
-            if self.of == "log_density":
-                refuse_normalised(logits)
-                output = log_density
-            elif self.of == "cross_entropy" and label_smoothing == 0:
-                output = cross_entropy
-            else:
-                output = self._output(logits, y)
-            return PerSample(self._penalty(output, x, target), cross_entropy, logits)
-
-    def _teacher_gradient(self, x: Tensor, y: Tensor) -> Tensor:
-        """∇ₓ ℓ of the teacher's logits, of x's shape."""
+    def _teacher_gradients(self, shared: SharedForward) -> list[Tensor]:
+        """∇ₓ ℓ of the teacher's logits, without a graph; in at least float32 where it may run in float16."""
         with _in_eval_mode(self.teacher):
-            inputs = differentiable_input(x.detach() if isinstance(x, Tensor) else x)
-            logits = forward(self.teacher, inputs, twice_differentiable=False)
-            return constant_input_gradient(self._output(logits, y), inputs)
-
-    def _penalty(self, output: Tensor, x: Tensor, target: Tensor) -> Tensor:
-        return input_gradient_norm(output, x, self.p, self.power, target=target)
-
-    def _output(self, logits: Tensor, y: Tensor) -> Tensor:
-        """ℓ, (N,)."""
-        if self.of == "log_density":
-            refuse_normalised(logits)
-            return logsumexp(logits)
-        return cross_entropy_with_logsumexp(logits, y)[0] if self.of == "cross_entropy" else target_logit(logits, y)
+            inputs = [differentiable_input(x.detach()) for x in shared.differentiated()]
+            output = shared.output(
+                self.of, forward(self.teacher, shared.with_inputs(inputs), twice_differentiable=False)
+            )
+            cotangent = cotangent_of(output, inputs)
+            gradients = input_gradients(output, inputs, cotangent=cotangent, names=shared.names)
+            return [gradient if cotangent == 1.0 else gradient.float() / cotangent for gradient in gradients]
 
 
 @contextmanager

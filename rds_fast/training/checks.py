@@ -12,7 +12,7 @@ from torch import nn
 from . import data as data_sets
 from . import models
 from .names import check_name
-from .objective_settings import ADAPTIVE
+from .objective_settings import ADAPTIVE, weights_of_classes
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
@@ -26,9 +26,9 @@ _FROM_ZERO = ("workers", "projections")
 _SEEDS = ("seed", "data_seed")
 _POSITIVE = (
     *("lr", "power", "step_size", "lr_factor", "weight_factor"),
-    *("epsilon", "attack_step_size", "weight_target"),
+    *("epsilon", "attack_step_size", "weight_target", "group_step_size"),
 )
-_NOT_NEGATIVE = ("weight", "weight_decay", "weight_warmup_epochs", "lr_warmup_epochs")
+_NOT_NEGATIVE = ("weight", "group_adjustment", "weight_decay", "weight_warmup_epochs", "lr_warmup_epochs")
 
 
 def check_numbers(config: TrainingConfig) -> None:
@@ -104,6 +104,12 @@ def check_together(config: TrainingConfig) -> None:
     if config.objective != "gradient-matching" and config.of == "log_density":
         raise ValueError(
             "of is 'log_density', which is for gradient-matching; its input gradient's norm is objective 'density'"
+        )
+    weights_of_classes(config.class_weights)
+    if config.loss == "group-dro" and config.class_weights != "none":
+        raise ValueError(
+            f"loss is 'group-dro' and class_weights is {config.class_weights!r}; the groups have weights of their own, "
+            "so leave one of the two out"
         )
     _check_schedules(config)
 

@@ -136,7 +136,8 @@ class _Run:
         self.training, self.validation = splits.train.to(device), splits.validation.to(device)
         self.order = Order(len(self.training), config.batch_size, config.seed, self.training.index_device)
         self.steps_per_epoch = self.order.steps_per_epoch
-        self.objective = Objective(config, self.steps_per_epoch, self.training.classes, device)
+        self.objective = Objective(config, self.steps_per_epoch, self.training, device)
+        self.groups = self.training.groups if config.loss == "group-dro" else None
         self.learning_rate = learning_rate_schedule(config, self.steps_per_epoch)
         normalization = channel_statistics(self.training) if config.normalize else None
         self.state = TrainingState(config, device, self.training.classes, self.objective, normalization)
@@ -213,26 +214,37 @@ class _Run:
             group["lr"] = self.learning_rate(state.step)
         state.model.train()
         state.optimizer.zero_grad()
-        parts = [
-            self._backward(self._inputs(part), labels, len(labels) / len(y))
-            for part, labels in zip(images.split(size), y.split(size), strict=True)
-        ]
+        groups = self._groups_of_step()
+        weights = self.objective.sample_weight(y, groups)
+        parts = []
+        for first in range(0, len(y), size):
+            part = slice(first, first + size)
+            weight = None if weights is None else weights[part]
+            share = len(y[part]) / len(y) if weights is None else weights[part].sum() / weights.sum()
+            parts.append(self._backward(self._inputs(images[part]), y[part], weight, share))
         state.scaler.step(state.optimizer)
         state.scaler.update()
-        self.objective.update(parts)
+        self.objective.update(parts, groups)
         self.uncollected.append(torch.stack([part.sums() for part in parts]).sum(0))
         state.step += 1
 
-    def _backward(self, x: Tensor, y: Tensor, share: float) -> Part:
+    def _groups_of_step(self) -> Tensor | None:
+        """The groups of the samples of this step, where they are weighted."""
+        if self.groups is None:
+            return None
+        indices = self.order.batch(self.state.step).indices
+        return self.groups[indices.to(self.groups.device, non_blocking=True)]
+
+    def _backward(self, x: Tensor, y: Tensor, weight: Tensor | None, share: float | Tensor) -> Part:
         """Add a micro-batch's share of the batch's gradient.
 
-        The loss is a mean over samples, so the batch's is the sum of the micro-batches', each weighted by its share
-        of the samples: the last micro-batch of an epoch may be smaller.
+        The loss is a mean over samples, so the batch's is the sum of the micro-batches', each weighted by its share of
+        the samples, or of their weights: the last micro-batch of an epoch may be smaller.
         """
         with self._autocast():
-            terms = self.objective(self.state.model, x, y, self.state.step)
+            terms = self.objective(self.state.model, x, y, self.state.step, weight)
         self.state.scaler.scale(terms.total * share).backward()
-        return Part(LossTerms(*(term.detach() for term in terms)), y)
+        return Part(LossTerms(*(term.detach() for term in terms)), y, share)
 
     def _validate(self) -> tuple[float, float]:
         """Accuracy and cross-entropy on the validation split, in the precision of training."""

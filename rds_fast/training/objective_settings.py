@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from .fields import setting
 
@@ -20,6 +21,7 @@ WITH_PATH = ("l1", "l2")  # a sum is the difference of the losses at the path's 
 SIZES = (*WITH_PATH, "sum")
 NORMS = ("linf", "l2")
 ADAPTIVE = ("penalty-ratio", "accuracy-budget")
+LOSSES = ("mean", "group-dro")
 WEIGHT_SCHEDULES = ("constant", "linear", "cosine", "step", *ADAPTIVE)
 
 
@@ -28,6 +30,29 @@ class ObjectiveSettings:
     """The part of ``TrainingConfig`` that decides the objective; ``objectives`` builds it."""
 
     objective: str = setting("density", "Objective", "What is minimised.", names=OBJECTIVES)
+    loss: str = setting(
+        "mean",
+        "Objective",
+        "Over a batch: the mean, or group DRO, which weights the groups of waterbirds or celeba-hair by their losses; "
+        "the penalty's mean is weighted alike.",
+        names=LOSSES,
+    )
+    group_step_size: float = setting(
+        0.01, "Objective", "The step size of the groups' weights.", only=("loss", "group-dro")
+    )
+    group_adjustment: float = setting(
+        0.0,
+        "Objective",
+        "C of the allowance C / sqrt(samples) for each group's generalisation.",
+        only=("loss", "group-dro"),
+    )
+    class_weights: str = setting(
+        "none",
+        "Objective",
+        "Weights of the samples by class, in the loss and in the penalty: none, balanced (the inverse of the class's "
+        "share), or a number for each class, joined by commas (in a sweep by colons).",
+        only=("loss", "mean"),
+    )
     weight: float = setting(
         0.5,
         "Objective",
@@ -38,7 +63,7 @@ class ObjectiveSettings:
     power: float = setting(
         1.0,
         "Objective",
-        "The exponent of the norm, the same for all penalties; InputGradientPenalty's own default is 2.",
+        "The exponent of the norm.",
         only=("objective", *NORMED),
     )
     of: str = setting(
@@ -120,3 +145,23 @@ class ObjectiveSettings:
     )
     label_smoothing: float = setting(0.0, "Objective", "Of the cross-entropy's targets; no penalty changes by it.")
     fast: bool = setting(True, "Objective", "The fused operations, or plain PyTorch.")
+
+
+def weights_of_classes(text: str) -> tuple[float, ...] | None:
+    """The numbers that ``class_weights`` lists; None where it is none or balanced.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if text in ("none", "balanced"):
+        return None
+    try:
+        weights = tuple(float(part) for part in text.replace(":", ",").split(","))
+        if all(0 < weight < math.inf for weight in weights):
+            return weights
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(
+        f"class_weights is {text!r}; it must be none, balanced, or a positive number for each class, joined by commas, "
+        "such as 1,2.5"
+    )

@@ -14,34 +14,46 @@ from ..penalties.adaptive import AccuracyBudget, PenaltyRatio
 from ..penalties.adversarial import AdversarialLoss
 from ..penalties.attribution import AttributionPenalty, RobustAttributionLoss
 from ..penalties.density import DensityPenalty
+from ..penalties.group_dro import GroupDRO
 from ..penalties.inner_pass import implementation
 from ..penalties.input_gradient import InputGradientPenalty
 from ..penalties.jacobian import JacobianPenalty
-from ..penalties.loss import LossTerms, PenalizedLoss, Penalty
+from ..penalties.loss import LossTerms, PenalizedLoss, weighted_mean
 from ..penalties.matching import GradientMatchingPenalty
 from ..penalties.schedules import Constant, Cosine, LinearWarmup, Schedule, Step
+from ..penalties.shared import Penalty
 from . import runs
 from .config import TrainingConfig
-from .objective_settings import ADAPTIVE, PENALIZED
+from .data import Split
+from .objective_settings import ADAPTIVE, PENALIZED, weights_of_classes
 
-Loss = Callable[[nn.Module, Tensor, Tensor, int], LossTerms]
+Loss = Callable[..., LossTerms]
 
 
 def cross_entropy(
-    model: nn.Module, x: Tensor, y: Tensor, step: int = 0, *, label_smoothing: float = 0.0, fast: bool = True
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    step: int = 0,
+    sample_weight: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    fast: bool = True,
 ) -> LossTerms:
     """The mean cross-entropy, and a penalty of 0; the step does not matter."""
     logits = model(x)
     with implementation(fast):
-        loss = cross_entropy_with_logsumexp(logits, y, label_smoothing=label_smoothing)[0].mean()
+        losses = cross_entropy_with_logsumexp(logits, y, label_smoothing=label_smoothing)[0]
+        loss = weighted_mean(losses, sample_weight)
     return LossTerms(loss, loss, torch.zeros_like(loss), logits)
 
 
 class Part(NamedTuple):
-    """A micro-batch of a step: its loss terms, without a graph, and its labels."""
+    """A micro-batch of a step: its loss terms, without a graph, its labels, and its share of the step's weight."""
 
     terms: LossTerms
     labels: Tensor
+    share: float | Tensor
 
     def sums(self) -> Tensor:
         """Over its samples: of the loss, the cross-entropy, the penalty and the right answers, (4,)."""
@@ -51,18 +63,28 @@ class Part(NamedTuple):
 
 
 class Objective:
-    """``objective(model, x, y, step)``: the loss terms that a configuration asks for.
+    """``objective(model, x, y, step, sample_weight)``: the loss terms that a configuration asks for.
 
     Attributes:
         weight: λ as a function of the step; 0 where there is none.
 
     Raises:
         FileNotFoundError, ValueError: there is a teacher, and it is no finished run, or one for other data.
+        ValueError: the data have a single class, no groups where they are to be weighted, or another number of classes
+            than there are weights.
     """
 
     def __init__(
-        self, config: TrainingConfig, steps_per_epoch: int, classes: int, device: torch.device | str = "cpu"
+        self, config: TrainingConfig, steps_per_epoch: int, training: Split, device: torch.device | str = "cpu"
     ) -> None:
+        classes = training.classes
+        if classes < 2:
+            raise ValueError(
+                f"the data {config.data} have {classes} class, which every model gets right; give data of two classes "
+                "at least, such as two folders"
+            )
+        self._class_weights = _class_weights(config, training, device)
+        self._groups = _groups(config, training)
         weighted = config.without_effect("weight") is None
         self.weight: Schedule = _weight(config, steps_per_epoch) if weighted else Constant(0.0)
         if config.objective in PENALIZED:
@@ -81,25 +103,36 @@ class Objective:
         # What a weight that adapts has seen is a state; all else follows from the step.
         self._adaptive = self.weight if isinstance(self.weight, (PenaltyRatio, AccuracyBudget)) else None
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, step: int) -> LossTerms:
-        return self._loss(model, x, y, step)
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, step: int, sample_weight: Tensor | None = None
+    ) -> LossTerms:
+        return self._loss(model, x, y, step, sample_weight=sample_weight)
 
-    def update(self, parts: Sequence[Part]) -> None:
-        """Tell a weight that adapts what came of a step, from all its micro-batches: it is one for the whole step."""
-        if self._adaptive is None:
+    def sample_weight(self, y: Tensor, groups: Tensor | None) -> Tensor | None:
+        """The weights of the samples of a whole batch, (N,); None where all are alike."""
+        if self._groups is not None and groups is not None:
+            return self._groups(groups)
+        return None if self._class_weights is None else self._class_weights[y]
+
+    def update(self, parts: Sequence[Part], groups: Tensor | None) -> None:
+        """Tell the weights that adapt what came of a step, from all its micro-batches: they are the whole step's."""
+        if self._adaptive is None and self._groups is None:
             return
         labels = torch.cat([part.labels for part in parts])
-        shares = [len(part.labels) / len(labels) for part in parts]
         total, cross_entropy, penalty = (
-            torch.stack([share * part.terms[term] for share, part in zip(shares, parts, strict=True)]).sum()
-            for term in range(3)
+            torch.stack([part.share * part.terms[term] for part in parts]).sum() for term in range(3)
         )
-        logits = torch.cat([part.terms.logits for part in parts])
-        self._adaptive.update(LossTerms(total, cross_entropy, penalty, logits), labels)
+        terms = LossTerms(total, cross_entropy, penalty, torch.cat([part.terms.logits for part in parts]))
+        if self._adaptive is not None:
+            self._adaptive.update(terms, labels)
+        if self._groups is not None and groups is not None:
+            self._groups.update(terms, labels, groups)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a weight that adapts has seen; nothing else has a state."""
-        return {} if self._adaptive is None else self._adaptive.state_dict()
+        """What the weights that adapt have seen; nothing else has a state."""
+        adaptive = {} if self._adaptive is None else self._adaptive.state_dict()
+        groups = {} if self._groups is None else self._groups.state_dict()
+        return {**adaptive, **{_OF_GROUPS + name: value for name, value in groups.items()}}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Return to a state.
@@ -107,8 +140,44 @@ class Objective:
         Raises:
             ValueError: it is of another kind of weight.
         """
+        of_groups = {name.removeprefix(_OF_GROUPS): state[name] for name in state if name.startswith(_OF_GROUPS)}
         if self._adaptive is not None:
-            self._adaptive.load_state_dict(state)
+            adaptive = {name: value for name, value in state.items() if not name.startswith(_OF_GROUPS)}
+            self._adaptive.load_state_dict(adaptive)
+        if self._groups is not None:
+            self._groups.load_state_dict(of_groups)
+
+
+_OF_GROUPS = "groups_"  # before the names of the groups' state
+
+
+def _class_weights(config: TrainingConfig, training: Split, device: torch.device | str) -> Tensor | None:
+    """The weight of each class, (C,)."""
+    if config.class_weights == "none":
+        return None
+    listed = weights_of_classes(config.class_weights)
+    if listed is not None:
+        if len(listed) != training.classes:
+            raise ValueError(
+                f"class_weights is {config.class_weights!r}, {len(listed)} numbers, and the data {config.data} have "
+                f"{training.classes} classes; give a number for each"
+            )
+        return torch.tensor(listed, device=device)
+    counts = training.labels.bincount(minlength=training.classes).float()
+    return (counts.sum() / (training.classes * counts.clamp(min=1.0))).to(device)
+
+
+def _groups(config: TrainingConfig, training: Split) -> GroupDRO | None:
+    """The weights of the groups."""
+    if config.loss != "group-dro":
+        return None
+    if training.groups is None or training.group_names is None:
+        raise ValueError(
+            f"loss is 'group-dro' and the data {config.data} have no groups; use data that have, such as waterbirds or "
+            "celeba-hair"
+        )
+    sizes = training.groups.bincount(minlength=len(training.group_names)).tolist()
+    return GroupDRO(sizes, step_size=config.group_step_size, adjustment=config.group_adjustment)
 
 
 def _loss_under_attack(config: TrainingConfig, weight: Schedule) -> Loss:

@@ -121,7 +121,7 @@ def test_each_variant_takes_a_step(name: str, variant: str) -> None:
     torch.manual_seed(0)
     model = models.build(config.model, config.image_shape, 3)
     x, y = torch.rand(4, *config.image_shape), torch.tensor([0, 1, 2, 0])
-    terms = Objective(config, 10, 3)(model, x, y, 0)
+    terms = Objective(config, 10, data.Images(x, y, classes=3))(model, x, y, 0)
     terms.total.backward()
     for parameter in model.parameters():
         assert parameter.grad is not None
@@ -195,7 +195,7 @@ def test_recipes_that_are_not_there(tmp_path: Path) -> None:
         ('baseline = "b"', 'base = "b"', "a setting of sweep is 'base'; did you mean 'baseline'"),
         ('baseline = "b"', 'measure = "linf_acuracy"', "sweep.measure is 'linf_acuracy'; did you mean 'linf_accuracy'"),
         ('baseline = "b"', "margin = 2", "sweep.margin is 2; it must be a share of accuracy"),
-        ("grid.weight = [0.1, 1]", "grid.weights = [1]", "an axis of the grid is 'weights'; did you mean 'weight'"),
+        ("grid.weight = [0.1, 1]", "grid.weigth = [1]", "an axis of the grid is 'weigth'; did you mean 'weight'"),
         ("grid.weight = [0.1, 1]", "grid.weight = []", "sweep.grid.weight is empty"),
         ("grid.weight = [0.1, 1]", "grid.weight = [-1]", "weight is -1; it must be 0 or more"),
         (

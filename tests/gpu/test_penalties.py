@@ -16,6 +16,7 @@ import rds_fast
 from rds_fast.penalties.density import DensityPenalty, density_penalty
 from rds_fast.penalties.input_gradient import InputGradientPenalty
 from rds_fast.penalties.loss import PenalizedLoss
+from rds_fast.penalties.shared import SharedForward
 
 pytestmark = pytest.mark.gpu
 
@@ -158,13 +159,13 @@ def test_ignored_rows_have_no_penalty(of: str, without_synchronisation: Context)
     """As on the CPU, with no assertion of the device and no value read from it."""
     model, (x, y) = network().eval(), batch()
     penalty = InputGradientPenalty(of=of, power=1)
-    expected = penalty.per_sample(model, x, y).penalty
+    expected = penalty.per_sample(SharedForward(model, x, y))
     ignored = torch.arange(len(y), device=DEVICE) % 3 == 0
     y = torch.where(ignored, -100, y)
-    penalty.per_sample(model, x, y)  # compiles kernels and chooses algorithms, which may wait
+    penalty.per_sample(SharedForward(model, x, y))  # compiles kernels and chooses algorithms, which may wait
     torch.cuda.synchronize()
     with without_synchronisation():
-        ours = penalty.per_sample(model, x, y).penalty
+        ours = penalty.per_sample(SharedForward(model, x, y))
     torch.testing.assert_close(ours, expected.masked_fill(ignored, 0.0))
 
 

@@ -61,7 +61,7 @@ def eager_density(model: Model, x: Tensor, p: float = 2.0, power: float = 1) -> 
     return eager_norms(torch.logsumexp(model(x), 1), x, p, power)
 
 
-def eager_input_gradient(model: Model, x: Tensor, y: Tensor, of: str, p: float = 2.0, power: float = 2) -> Tensor:
+def eager_input_gradient(model: Model, x: Tensor, y: Tensor, of: str, p: float = 2.0, power: float = 1) -> Tensor:
     x = x if x.requires_grad else x.detach().requires_grad_()
     logits = model(x)
     output = -torch.log_softmax(logits, 1)[range(len(y)), y] if of == "cross_entropy" else logits[range(len(y)), y]

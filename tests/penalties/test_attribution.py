@@ -94,7 +94,7 @@ def test_ig_norm_with_the_sum_at_weight_one_is_adversarial_training(network: str
     (ours, penalized_inputs), (theirs, inputs) = (
         watched(loss, model, x, y) for loss, model in zip((penalized, madry), models, strict=True)
     )
-    assert torch.equal(penalized_inputs[-2], inputs[-1])  # of IG-NORM's, x' and x come last
+    assert torch.equal(penalized_inputs[-3], inputs[-1])  # of IG-NORM's, x' and x and the loss's own x come last
     torch.testing.assert_close(ours.total, theirs.total, rtol=1e-12, atol=0)
     assert_same_gradients(gradients(ours.total, models[0]), gradients(theirs.total, models[1]))
 

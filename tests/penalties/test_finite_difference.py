@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rds_fast.penalties.density import DensityPenalty, density_penalty
 from rds_fast.penalties.loss import PenalizedLoss
+from rds_fast.penalties.shared import SharedForward
 
 ORDERS = [1.0, 1.5, 2.0, math.inf]
 
@@ -218,7 +219,7 @@ def test_16_bit_is_refused() -> None:
         density_penalty(casting, x.float(), method="finite_difference")
 
 
-def test_from_logits_needs_the_exact_method() -> None:
+def test_given_logits_need_the_exact_method() -> None:
     model, x = NETWORKS["mlp"](), batch()[0].requires_grad_()
-    with pytest.raises(ValueError, match="runs the model a second time, and from_logits has no model; call penalty"):
-        DensityPenalty(method="finite_difference").from_logits(model(x), x)
+    with pytest.raises(RuntimeError, match="the shared forward has run already; a penalty that needs its own kind"):
+        DensityPenalty(method="finite_difference").per_sample(SharedForward.of_logits(model(x), x))

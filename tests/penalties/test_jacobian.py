@@ -14,6 +14,7 @@ from bench.counting import Traffic
 from rds_fast.penalties.density import DensityPenalty
 from rds_fast.penalties.jacobian import JacobianPenalty
 from rds_fast.penalties.loss import PenalizedLoss
+from rds_fast.penalties.shared import SharedForward
 
 
 def eager_jacobian(model: nn.Module, x: Tensor) -> Tensor:
@@ -33,10 +34,10 @@ def test_exact(network: str, fast: bool) -> None:
     expected = gradients(truth, model, x, retain_graph=True)
     expected_total = gradients(smoothed + 0.7 * truth, model, x)
     penalty = JacobianPenalty(projections=None, fast=fast)
-    ours = penalty.per_sample(model, x, y)
-    torch.testing.assert_close(ours.penalty, eager_jacobian(model, x), rtol=1e-11, atol=0)
-    torch.testing.assert_close(ours.cross_entropy, nn.functional.cross_entropy(model(x), y, reduction="none"))
-    for mean in (ours.penalty.mean(), penalty(model, x), penalty.from_logits(model(x), x)):
+    ours = penalty.per_sample(SharedForward(model, x))
+    torch.testing.assert_close(ours, eager_jacobian(model, x), rtol=1e-11, atol=0)
+    given = penalty.per_sample(SharedForward.of_logits(model(x), x))
+    for mean in (ours.mean(), penalty(model, x), given.mean()):
         assert_same_gradients(gradients(mean, model, x), expected)
     total = PenalizedLoss(penalty, 0.7, label_smoothing=0.2)(model, x, y).total
     assert_same_gradients(gradients(total, model, x), expected_total)
@@ -67,12 +68,12 @@ def test_the_estimate_is_unbiased() -> None:
     draws = 20_000
     exact = JacobianPenalty(projections=None)(model, x).item()
     penalty = JacobianPenalty(generator=torch.Generator().manual_seed(0))
-    estimates = penalty.per_sample(model, x.expand(draws, *x.shape[1:])).penalty.detach()
+    estimates = penalty.per_sample(SharedForward(model, x.expand(draws, *x.shape[1:]))).detach()
     variance = (estimates / exact).var().item()
     assert variance <= 2 * (CLASSES - 1) / (CLASSES + 2) * 1.05
     assert abs(estimates.mean() / exact - 1) < 4 * (variance / draws) ** 0.5
     spread = JacobianPenalty(projections=4, generator=torch.Generator().manual_seed(1))
-    fewer = spread.per_sample(model, x.expand(draws // 4, *x.shape[1:])).penalty.detach()
+    fewer = spread.per_sample(SharedForward(model, x.expand(draws // 4, *x.shape[1:]))).detach()
     assert (fewer / exact).var().item() == pytest.approx(variance / 4, rel=0.1)
 
 

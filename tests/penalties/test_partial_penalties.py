@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -19,11 +18,12 @@ from torch.nn.functional import cross_entropy
 from bench.counting import Count, Traffic
 from rds_fast.nn import fuse
 from rds_fast.penalties.density import DensityPenalty
-from rds_fast.penalties.inner_pass import PerSample, samples_interact
+from rds_fast.penalties.inner_pass import samples_interact
 from rds_fast.penalties.input_gradient import InputGradientPenalty
 from rds_fast.penalties.jacobian import JacobianPenalty
 from rds_fast.penalties.loss import PenalizedLoss
 from rds_fast.penalties.matching import GradientMatchingPenalty
+from rds_fast.penalties.shared import Penalty, SharedForward
 from rds_fast.training.normalization import NormalizedModel
 
 
@@ -33,25 +33,23 @@ class Recording(InputGradientPenalty):
 
     seen: list[Tensor] = field(default_factory=list)
 
-    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-        self.seen.append(x)
-        return super().__call__(model, x, y)
-
-    def per_sample(self, model: Any, x: Tensor, y: Tensor, *, label_smoothing: float = 0.0) -> PerSample:
-        self.seen.append(x)
-        return super().per_sample(model, x, y, label_smoothing=label_smoothing)
+    def per_sample(self, shared: SharedForward) -> Tensor:
+        self.seen.append(shared.x)
+        return super().per_sample(shared)
 
 
-class CallOnly:
-    """A penalty with nothing but the protocol."""
+class OfLogits(Penalty):
+    """A penalty that is none of a gradient."""
 
-    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return model(x).square().mean()
+    def per_sample(self, shared: SharedForward) -> Tensor:
+        return shared.logits.square().mean(1)
 
 
-class FromLogits(CallOnly):
-    def from_logits(self, logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return logits.square().mean()
+class ForwardOfItsOwn(Penalty):
+    """One that takes nothing from the shared forward."""
+
+    def per_sample(self, shared: SharedForward) -> Tensor:
+        return shared.logits_at(shared.x).square().mean(1)
 
 
 def rows_of(part: Tensor, whole: Tensor) -> tuple[int, ...]:
@@ -130,8 +128,8 @@ PENALTIES = {
     "finite difference": (DensityPenalty(method="finite_difference"), 3),
     "jacobian": (JacobianPenalty(projections=None), 2),
     "matching": (GradientMatchingPenalty(mlp(seed=4)), 2),
-    "from logits": (FromLogits(), 2),
-    "call only": (CallOnly(), 2),
+    "of logits": (OfLogits(), 2),
+    "own forward": (ForwardOfItsOwn(), 3),
 }
 
 
@@ -153,8 +151,10 @@ def test_one_draw(network: str, name: str) -> None:
     generator = torch.Generator().manual_seed(5)
     terms = PenalizedLoss(penalty, 0.7, share=1 / 3, label_smoothing=0.1, generator=generator)(model, x, y)
     handle.remove()
-    apart = network == "cnn-train" or name == "call only"
-    assert sizes == ([6] + [2] * (forwards - 1) if apart else [2] * (forwards - 1) + [4])
+    if network == "cnn-train":
+        assert sizes == [6] + [2] * (1 if name == "own forward" else forwards - 1)
+    else:
+        assert sizes == [2] * (forwards - 1) + [4]
     assert_same_gradients(gradients(terms.total, model), terms_whole)
     torch.testing.assert_close(terms.cross_entropy, cross_entropy(reference(x), y, label_smoothing=0.1))
     torch.testing.assert_close(terms.logits, reference(x))
@@ -166,7 +166,7 @@ def gradients_of_total(model: nn.Module, penalty: Any, x: Tensor, y: Tensor, see
     return [a + 0.7 * b for a, b in zip(plain, gradients(penalty(model, x[seen], y[seen]), model), strict=True)]
 
 
-@pytest.mark.parametrize("penalty", [DensityPenalty(), FromLogits(), CallOnly()], ids=["density", "logits", "call"])
+@pytest.mark.parametrize("penalty", [DensityPenalty(), OfLogits(), ForwardOfItsOwn()], ids=["density", "logits", "own"])
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_running_statistics_move_once(penalty: Any, share: float) -> None:
     """By the whole batch, as in a plain step."""
@@ -243,8 +243,8 @@ def test_errors() -> None:
         loss(model, x, y)
     with pytest.raises(TypeError, match=r"the model is a NoneType"):
         loss(None, x, y)
-    with pytest.raises(TypeError, match=r"returned a tensor of shape \(3, 5\); it must return a scalar tensor"):
-        PenalizedLoss(lambda model, x, y: model(x), share=0.5)(model, x, y)
+    with pytest.raises(TypeError, match=r"returned a tensor of shape \(3, 5\); it must return the penalty of each"):
+        PenalizedLoss(lambda shared: shared.logits, share=0.5)(model, x, y)
     empty = loss(model, x[:0], y[:0])
     assert empty.total.isnan()  # as the mean of nothing is in PyTorch
 

@@ -18,6 +18,7 @@ from rds_fast.penalties import schedules
 from rds_fast.penalties.density import DensityPenalty, density_penalty
 from rds_fast.penalties.input_gradient import InputGradientPenalty
 from rds_fast.penalties.loss import LossTerms, PenalizedLoss
+from rds_fast.penalties.shared import Penalty, SharedForward
 
 EXACT = {
     "density": (DensityPenalty(p=1.5), lambda model, x, y: references.eager_density(model, x, 1.5)),
@@ -70,13 +71,13 @@ def test_probabilities_and_ignored_labels() -> None:
 class OwnPenalty:
     """A penalty of one's own, with nothing but the protocol."""
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return model(x).square().mean()
+    def per_sample(self, shared: SharedForward) -> Tensor:
+        return shared.gradient("target_logit").flatten(1).square().mean(1)
 
 
-class OwnSharedPenalty(OwnPenalty):
-    def from_logits(self, logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return torch.autograd.grad(logits.sum(), x, create_graph=True)[0].square().mean()
+def of_another_forward(shared: SharedForward) -> Tensor:
+    """A function is a penalty too."""
+    return shared.logits_at(*shared.differentiated()).square().mean(1)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +87,9 @@ class OwnSharedPenalty(OwnPenalty):
         (InputGradientPenalty(), 1),
         (InputGradientPenalty(of="target_logit"), 1),
         (DensityPenalty(method="finite_difference"), 2),
-        (OwnSharedPenalty(), 1),
-        (OwnPenalty(), 2),
+        (OwnPenalty(), 1),
+        (lambda shared: shared.loss.square(), 1),
+        (of_another_forward, 2),
     ],
 )
 def test_number_of_forwards(penalty: Any, forwards: int) -> None:
@@ -165,8 +167,8 @@ SMOOTHED = [
     InputGradientPenalty(),
     InputGradientPenalty(of="target_logit"),
     DensityPenalty(method="finite_difference"),
-    OwnSharedPenalty(),
-    OwnPenalty(),
+    InputGradientPenalty(of="log_density"),
+    of_another_forward,
 ]
 
 
@@ -238,19 +240,29 @@ def test_a_schedules_weight_may_be_a_tensor() -> None:
     assert [float(warm_up(step)) for step in (0, 1, 9)] == pytest.approx([0.0, 0.2, 0.8])
 
 
-class OwnPerSample(OwnPenalty):
-    """Knows nothing of label smoothing, and returns a plain tuple."""
+class Curvature(Penalty):
+    """A difference of two gradients and the loss, from one shared forward."""
 
-    def per_sample(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = model(x)
-        return logits.square().mean(1), nn.functional.cross_entropy(logits, y, reduction="none"), logits
+    def per_sample(self, shared: SharedForward) -> Tensor:
+        difference = shared.gradient("log_density") - shared.gradient("target_logit")
+        return difference.flatten(1).norm(dim=1) + shared.loss * shared.gradient_norm("log_density", 1.0)
 
 
-def test_per_sample_of_a_penalty_of_ones_own() -> None:
-    model, (x, y) = NETWORKS["mlp"](), batch()
-    terms = PenalizedLoss(OwnPerSample(), 0.5)(model, x, y)
-    truth = nn.functional.cross_entropy(model(x), y) + 0.5 * model(x).square().mean()
-    assert_same_gradients(gradients(terms.total, model), gradients(truth, model))
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_penalty_of_ones_own(network: str) -> None:
+    """∇ log p − ∇ f_y is the gradient of the cross-entropy; each inner pass runs once."""
+    model, (x, y) = NETWORKS[network](), batch()
+    norm = references.eager_input_gradient(model, x, y, "cross_entropy")
+    loss = nn.functional.cross_entropy(model(x), y, reduction="none")
+    truth = (norm + loss * references.eager_density(model, x, 1.0)).mean()
+    expected = gradients(truth, model)
+    assert_same_gradients(gradients(Curvature()(model, x, y), model), expected)
+    terms = PenalizedLoss(Curvature(), 0.5)(model, x, y)
+    torch.testing.assert_close(terms.penalty, truth)
+    torch.testing.assert_close(terms.total, loss.mean() + 0.5 * truth)
+    shared = SharedForward(model, x, y)
+    assert all(getattr(shared, name) is getattr(shared, name) for name in ("logits", "loss", "log_density"))
+    assert shared._inner_pass("log_density") is shared._inner_pass("log_density")
 
 
 def test_weight_zero_is_cross_entropy_alone() -> None:
@@ -297,10 +309,17 @@ def test_bad_penalties() -> None:
     with pytest.raises(TypeError, match=r"weight is '0\.1', a str; it must be a Python number"):
         PenalizedLoss(DensityPenalty(), "0.1")
     for penalty in (None, DensityPenalty):  # the class in the place of an object
-        with pytest.raises(TypeError, match=r"it must be a callable penalty\(model, x, y\) such as DensityPenalty\(\)"):
+        with pytest.raises(TypeError, match=r"must have a method per_sample\(shared\), .* such as DensityPenalty\(\)"):
             PenalizedLoss(penalty)
-    with pytest.raises(TypeError, match=r"returned a tensor of shape \(6, 5\); it must return a scalar tensor"):
-        PenalizedLoss(lambda model, x, y: model(x))(NETWORKS["mlp"](), *batch())
+    with pytest.raises(TypeError, match=r"or be a function of the shared forward alone"):
+        PenalizedLoss(lambda model, x, y: model(x))
+    for penalty in (lambda shared: shared.logits, lambda shared: shared.loss.mean(), lambda shared: None):
+        with pytest.raises(
+            TypeError, match=r"the penalty returned .*; it must return the penalty of each sample, \(6,"
+        ):
+            PenalizedLoss(penalty)(NETWORKS["mlp"](), *batch())
+    with pytest.raises(NotImplementedError, match=r"Penalty defines no per_sample\(shared\)"):
+        Penalty()(NETWORKS["mlp"](), *batch())
 
 
 def test_repr_and_equality() -> None:

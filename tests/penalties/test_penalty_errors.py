@@ -19,6 +19,7 @@ from rds_fast.penalties.input_gradient import InputGradientPenalty
 from rds_fast.penalties.jacobian import JacobianPenalty
 from rds_fast.penalties.loss import PenalizedLoss
 from rds_fast.penalties.matching import GradientMatchingPenalty
+from rds_fast.penalties.shared import Penalty, SharedForward
 
 Call = Callable[[Any, Any, Any], Any]
 
@@ -336,6 +337,9 @@ def test_bad_arguments_of_the_functions() -> None:
 
 
 def test_given_logits() -> None:
+    def given(penalty: Penalty, *arguments: Any) -> Tensor:
+        return penalty.per_sample(SharedForward.of_logits(*arguments))
+
     model, (x, y) = NETWORKS["mlp"](), batch()
     leaf = x.clone().requires_grad_()
     for penalty in (
@@ -346,16 +350,16 @@ def test_given_logits() -> None:
         GradientMatchingPenalty(mlp(seed=3)),
     ):
         with pytest.raises(RuntimeError, match=r"x does not require a gradient.*call x\.requires_grad_\(\) before the"):
-            penalty.from_logits(model(x), x, y)
+            given(penalty, model(x), x, y)
         with pytest.raises(RuntimeError, match=r"no gradient path from x to the logits.*from another tensor than x"):
-            penalty.from_logits(model(x.clone().requires_grad_()), leaf, y)
+            given(penalty, model(x.clone().requires_grad_()), leaf, y)
         with pytest.raises(RuntimeError, match="no gradient path from x"):
-            penalty.from_logits(model(leaf).detach(), leaf, y)
+            given(penalty, model(leaf).detach(), leaf, y)
         logits = model(leaf)
         with torch.no_grad(), pytest.raises(RuntimeError, match="gradients disabled"):
-            penalty.from_logits(logits, leaf, y)
+            given(penalty, logits, leaf, y)
         with pytest.raises(RuntimeError, match=r"inside a transformation of torch\.func"):
-            torch.func.grad(lambda x: penalty.from_logits(model(x), x, y))(x)  # noqa: B023
+            torch.func.grad(lambda x: given(penalty, model(x), x, y))(x)  # noqa: B023
 
 
 def test_log_density_checks_its_arguments() -> None:

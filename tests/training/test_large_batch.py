@@ -107,9 +107,9 @@ def test_each_micro_batch_is_a_forward_of_its_own(tmp_path: Path, monkeypatch: p
     sizes: list[int] = []
     original = loop.Objective.__call__
 
-    def call(self: Any, model: nn.Module, x: torch.Tensor, y: torch.Tensor, step: int) -> Any:
+    def call(self: Any, model: nn.Module, x: torch.Tensor, y: torch.Tensor, step: int, *rest: Any) -> Any:
         sizes.append(len(y))
-        return original(self, model, x, y, step)
+        return original(self, model, x, y, step, *rest)
 
     monkeypatch.setattr(loop.Objective, "__call__", call)
     train(dataclasses.replace(SMALL, accumulate=2, epochs=1), tmp_path / "run", quiet=True)
@@ -204,7 +204,7 @@ def test_momentum_comes_back_in_the_weights_memory_format(tmp_path: Path) -> Non
     run = loop._Run(config, tmp_path, CPU, config.load_data(), quiet=True)
     run._train_step(*next(run.training.batches(run.order.batches(0, 1))))
     run.state.save(tmp_path / "c.safetensors")
-    fresh = TrainingState(config, CPU, 4, Objective(config, 1, 4))
+    fresh = TrainingState(config, CPU, 4, Objective(config, 1, config.load_data().train))
     fresh.load(tmp_path / "c.safetensors")
     convolutions = [p for p in fresh.model.parameters() if p.dim() == 4 and p.shape[1] > 1]
     assert convolutions
@@ -230,7 +230,7 @@ def test_fused_and_plain_checkpoints_fit_both_ways(tmp_path: Path) -> None:
     # A plain run's checkpoint, optimiser and all, goes on fused.
     unfused = dataclasses.replace(config, fuse=False)
     train(unfused, tmp_path / "plain", quiet=True)
-    state = TrainingState(config, CPU, 4, Objective(config, 1, 4))
+    state = TrainingState(config, CPU, 4, Objective(config, 1, config.load_data().train))
     state.load(tmp_path / "plain" / runs.CHECKPOINT)
     with torch.no_grad():
         expected = load_model(tmp_path / "plain")[0](x)
@@ -241,10 +241,10 @@ def test_images_and_weights_are_channels_last(tmp_path: Path, monkeypatch: pytes
     seen: list[bool] = []
     original = loop.Objective.__call__
 
-    def call(self: Any, model: nn.Module, x: torch.Tensor, y: torch.Tensor, step: int) -> Any:
+    def call(self: Any, model: nn.Module, x: torch.Tensor, y: torch.Tensor, step: int, *rest: Any) -> Any:
         seen.append(x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
         seen.append(x.dtype == torch.float32 and 0 <= float(x.min()) <= float(x.max()) <= 1)
-        return original(self, model, x, y, step)
+        return original(self, model, x, y, step, *rest)
 
     monkeypatch.setattr(loop.Objective, "__call__", call)
     train(dataclasses.replace(SMALL, channels_last=True, epochs=1), tmp_path / "run", quiet=True)

@@ -154,11 +154,11 @@ def interrupt_after(step: int, patch: pytest.MonkeyPatch, number: int = signal.S
     original = loop.Objective.__call__
     sent: list[int] = []
 
-    def call(self: Any, model: nn.Module, x: torch.Tensor, y: torch.Tensor, current: int) -> Any:
+    def call(self: Any, model: nn.Module, x: torch.Tensor, y: torch.Tensor, current: int, *rest: Any) -> Any:
         if current == step - 1 and not sent:
             sent.append(number)
             os.kill(os.getpid(), number)
-        return original(self, model, x, y, current)
+        return original(self, model, x, y, current, *rest)
 
     patch.setattr(loop.Objective, "__call__", call)
 
@@ -432,8 +432,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 ) -> None:
     original = loop.Objective.__call__
 
-    def call(self: Any, model: nn.Module, x: torch.Tensor, y: torch.Tensor, step: int) -> Any:
-        return original(self, model, x * math.nan if step == 6 else x, y, step)
+    def call(self: Any, model: nn.Module, x: torch.Tensor, y: torch.Tensor, step: int, *rest: Any) -> Any:
+        return original(self, model, x * math.nan if step == 6 else x, y, step, *rest)
 
     monkeypatch.setattr(loop.Objective, "__call__", call)
     # Step 7 is seen to be wrong at step 9, the next look: the error names step 7 all the same.

@@ -1,0 +1,327 @@
+"""The forward that a penalty and its loss share, and what a penalty is: one method over it.
+
+    class Curvature(rds_fast.Penalty):
+        def per_sample(self, shared):                       # -> (N,)
+            return shared.gradient("target_logit").flatten(1).abs().sum(1)
+
+Per-sample gradients come from one backward of the sum over samples, which is right only if samples do not interact.
+Batch norm in train mode couples them: the gradient of sample n then holds what x_n does to the other samples' outputs
+through the batch statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compilation import uncompiled
+from ..double_backward import fast_double_backward
+from ..ops.cross_entropy import check_class_indices, cross_entropy_with_logsumexp
+from ..ops.gradient_norm import gradient_norm
+from ..ops.logsumexp import logsumexp
+from .checks import (
+    IGNORED,
+    check_autograd,
+    check_choice,
+    check_given_logits,
+    check_labels,
+    no_path,
+    refuse_compiled,
+    refuse_compiled_logits,
+    refuse_normalised,
+    refuse_one_logit,
+)
+from .inner_pass import (
+    cotangent_of,
+    differentiable_input,
+    frozen_statistics,
+    implementation,
+    input_gradients,
+    logits_of,
+)
+from .inputs import Key, Masks, at, keys_of, masks_of, names_of, replaced
+from .losses import Loss, density_under, losses_of
+
+GRADIENTS_OF = ("cross_entropy", "target_logit", "log_density")
+
+
+class SharedForward:
+    """One forward of a model at x, and what is made of it, each thing computed once, when it is first asked for.
+
+    ``rds_fast.PenalizedLoss`` makes one for its penalty and takes the logits and the loss from the same. The forward
+    runs when something of it is first asked for: what a penalty computes before that comes before it.
+
+    Attributes:
+        model: as it was given. A penalty that runs it again does so by ``logits_at``, which leaves its buffers alone.
+        x: the inputs as they were given: a tensor, or a tuple or a dict of inputs.
+        targets: the labels y; None where there are none.
+        inputs: aliases of the inputs that are differentiated, a tuple; the logits are computed from them.
+    """
+
+    inputs: tuple[Tensor, ...]
+
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        x: Any,
+        y: Any = None,
+        *,
+        keys: tuple[Key, ...] = (None,),
+        masks: Masks = None,
+        loss: Loss | None = None,
+        label_smoothing: float = 0.0,
+        trains: bool = False,
+    ) -> None:
+        """``keys`` and ``masks`` are checked. ``trains``: the training loss is wanted too, with the label smoothing."""
+        self.model, self.x, self.targets = model, x, y
+        self._keys, self._masks, self._loss, self._label_smoothing = keys, masks, loss, label_smoothing
+        self._trains = trains
+        self.mask_is_used = False
+        self._inner_passes: dict[str, tuple[tuple[Tensor, ...], float]] = {}
+
+    @staticmethod
+    def of_logits(logits: Tensor, x: Tensor, y: Any = None) -> SharedForward:
+        """The same of logits that were computed already from x, which required a gradient then."""
+        check_given_logits(logits, x)
+
+        def nothing(_: Any) -> Tensor:
+            raise ValueError(
+                "the penalty runs the model a second time, and the logits alone were given; give the model"
+            )
+
+        shared = SharedForward(nothing, x, y)
+        shared.inputs = (x,)
+        shared.__dict__["logits"] = logits
+        return shared
+
+    def run(self, derivatives: int = 2) -> None:
+        """The forward, for logits that can be differentiated so many times with respect to the inputs.
+
+        Two are what ``gradient`` needs, and what there are unless a penalty asks for fewer before anything else.
+        """
+        if self.has_run:
+            raise RuntimeError("the shared forward has run already; a penalty that needs its own kind must come first")
+        x = self.x
+        if derivatives:
+            if derivatives == 2:
+                refuse_compiled(self.model)
+            check_autograd()
+            self.inputs = tuple(map(differentiable_input, self.differentiated(), self.names))
+            x = self.with_inputs(self.inputs)
+        with fast_double_backward() if derivatives == 2 else nullcontext():
+            logits = logits_of(self.model, x)
+        if self._keys != (None,):
+            self._check_samples(logits)
+        if derivatives and not logits.requires_grad:
+            raise no_path()
+        if derivatives == 2:
+            refuse_compiled_logits(logits)
+        if self._trains and self._loss is None:
+            refuse_one_logit(logits)
+        self.__dict__["logits"] = logits
+
+    def _check_samples(self, logits: Tensor) -> None:
+        samples = self.differentiated()[0].shape[0]
+        if logits.shape[0] != samples:
+            raise ValueError(
+                f"the logits have shape {tuple(logits.shape)} for inputs of {samples} samples; they must be (N, C)"
+            )
+
+    def differentiated(self) -> tuple[Tensor, ...]:
+        """The inputs that are differentiated, as they were given."""
+        return at(self.x, self._keys)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What messages call them."""
+        return names_of(self._keys)
+
+    def with_inputs(self, inputs: Sequence[Tensor]) -> Any:
+        """x with these in their place, as a model takes it."""
+        return replaced(self.x, self._keys, inputs)
+
+    @property
+    def has_run(self) -> bool:
+        """Whether the logits are there."""
+        return "logits" in self.__dict__
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """(N, C)."""
+        self.run()
+        logits: Tensor = self.__dict__["logits"]
+        return logits
+
+    def logits_at(self, *inputs: Tensor) -> Tensor:
+        """The logits with these in the place of ``inputs``: another forward, which leaves the model's buffers alone."""
+        with frozen_statistics(self.model):
+            return logits_of(self.model, self.with_inputs(inputs))
+
+    @cached_property
+    def loss(self) -> Tensor:
+        """ℓ of each sample, (N,): the cross-entropy without label smoothing, or the loss that was given."""
+        if self._trains and not self._label_smoothing:
+            return self.training_loss
+        return self.loss_of(self.logits)
+
+    @cached_property
+    def training_loss(self) -> Tensor:
+        """The same with the label smoothing."""
+        return self.loss_of(self.logits) if self._loss is not None else self._with_logsumexp[0]
+
+    @cached_property
+    def _with_logsumexp(self) -> tuple[Tensor, Tensor]:
+        """The cross-entropy and the log-sum-exp from one read of the logits."""
+        return cross_entropy_with_logsumexp(self.logits, self.targets, label_smoothing=self._label_smoothing)
+
+    def loss_of(self, logits: Tensor, targets: Any = None) -> Tensor:
+        """ℓ of other logits; default: of the same targets."""
+        targets = self.targets if targets is None else targets
+        if self._loss is not None:
+            return losses_of(self._loss, logits, targets)
+        refuse_one_logit(logits)
+        return cross_entropy_with_logsumexp(logits, targets)[0]
+
+    @cached_property
+    def log_density(self) -> Tensor:
+        """log p(x) up to a constant, (N,): log Σ exp f, or what the loss that was given says it is."""
+        if self._trains and self._loss is None:
+            refuse_normalised(self.logits)
+            return self._with_logsumexp[1]
+        return self.log_density_of(self.logits)
+
+    def log_density_of(self, logits: Tensor) -> Tensor:
+        """The same of other logits."""
+        if self._loss is not None:
+            return density_under(self._loss, logits, self.targets)
+        refuse_one_logit(logits)
+        refuse_normalised(logits)
+        return logsumexp(logits)
+
+    def output(self, of: str, logits: Tensor | None = None) -> Tensor:
+        """What is differentiated with respect to the inputs, (N,), one of ``GRADIENTS_OF``; perhaps of other logits."""
+        if of == "cross_entropy":
+            return self.loss if logits is None else self.loss_of(logits)
+        if of == "log_density":
+            return self.log_density if logits is None else self.log_density_of(logits)
+        check_choice("of", of, GRADIENTS_OF)
+        return target_logit(self.logits if logits is None else logits, self.targets)
+
+    def gradient(self, of: str | Tensor) -> Any:
+        """The gradient of each sample with respect to x, of x's shape, differentiable; 0 where the mask leaves it out.
+
+        ``of``: ``"cross_entropy"`` (of ``loss``), ``"target_logit"``, ``"log_density"``, or a tensor (N,) computed from
+        the logits. With a tuple or a dict as x, a tuple of the gradients of ``inputs``.
+        """
+        gradients, cotangent = self._inner_pass(of)
+        gradients = self.masked([g if cotangent == 1.0 else g.float() / cotangent for g in gradients])
+        return gradients[0] if self._keys == (None,) else gradients
+
+    def gradient_norm(
+        self, of: str | Tensor, p: float = 2.0, power: float = 1, *, target: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """``‖∇ₓ‖ₚ^power`` of each sample, (N,): of ``gradient(of)``, over all inputs together that are differentiated.
+
+        Given constant ``target`` gradients, ``‖∇ₓ − target‖ₚ^power``.
+        """
+        power = float(power)  # the negative of one of NumPy's unsigned numbers is not what it says
+        gradients, cotangent = self._inner_pass(of)
+        if cotangent != 1.0:
+            gradients = tuple(gradient.float() for gradient in gradients)
+        if target is not None:
+            gradients = tuple(g - cotangent * constant for g, constant in zip(gradients, target, strict=True))
+        norm = gradient_norm(self.rows(gradients), p, power=power)
+        return norm if cotangent == 1.0 else norm * cotangent**-power
+
+    def rows(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Gradients of ``inputs``, masked, as one tensor (N, ...) whose norm is theirs together."""
+        gradients = self.masked(gradients)
+        return gradients[0] if len(gradients) == 1 else torch.cat([g.flatten(1) for g in gradients], 1)
+
+    def masked(self, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Gradients of ``inputs``, 0 where the mask leaves them out, or times its factors."""
+        self.mask_is_used = True
+        if self._masks is None:
+            return tuple(gradients)
+        return tuple(
+            g if mask is None else torch.where(mask, g, 0.0) if mask.dtype == torch.bool else g * mask
+            for g, mask in zip(gradients, self._masks, strict=True)
+        )
+
+    def _inner_pass(self, of: str | Tensor) -> tuple[tuple[Tensor, ...], float]:
+        """The gradients with their graph, times the cotangent that they were begun with."""
+        found = self._inner_passes.get(of) if isinstance(of, str) else None
+        if found is None:
+            output = self.output(of) if isinstance(of, str) else of
+            cotangent = cotangent_of(output, self.inputs)
+            found = (
+                input_gradients(output, self.inputs, cotangent=cotangent, create_graph=True, names=self.names),
+                cotangent,
+            )
+            if isinstance(of, str):
+                self._inner_passes[of] = found
+        return found
+
+
+class Penalty:
+    """What penalties have in common: ``penalty(model, x, y)``, the mean of ``per_sample(shared)``, which each defines.
+
+    ``rds_fast.PenalizedLoss`` takes any object with that method, and any function of the shared forward alone.
+    """
+
+    fast: bool = True
+
+    def per_sample(self, shared: SharedForward) -> Tensor:
+        """The penalty of each sample, (N,), differentiable with respect to the parameters."""
+        raise NotImplementedError(
+            f"{type(self).__name__} defines no per_sample(shared), the penalty of each sample (N,)"
+        )
+
+    @uncompiled
+    def __call__(
+        self,
+        model: Callable[..., Tensor],
+        x: Any,
+        y: Any = None,
+        *,
+        mask: Any = None,
+        with_respect_to: str | int | Sequence[str | int] | None = None,
+    ) -> Tensor:
+        """The mean penalty of x (N, ...) with labels y, a scalar.
+
+        ``mask`` and ``with_respect_to``, and x as a tuple or a dict of inputs, are as for ``rds_fast.PenalizedLoss``.
+        """
+        keys = keys_of(x, with_respect_to)
+        shared = SharedForward(model, x, y, keys=keys, masks=masks_of(mask, x, keys))
+        with implementation(self.fast):
+            return penalties_of(self, shared).mean()
+
+
+def penalties_of(penalty: Any, shared: SharedForward) -> Tensor:
+    """The penalty of each sample, (N,), checked."""
+    penalties = getattr(penalty, "per_sample", penalty)(shared)
+    samples = shared.differentiated()[0].shape[0]
+    if not isinstance(penalties, Tensor) or penalties.shape != (samples,):
+        is_tensor = isinstance(penalties, Tensor)
+        given = f"a tensor of shape {tuple(penalties.shape)}" if is_tensor else type(penalties).__name__
+        raise TypeError(f"the penalty returned {given}; it must return the penalty of each sample, ({samples},)")
+    if shared._masks is not None and not shared.mask_is_used:
+        raise ValueError(
+            f"a mask is given, and {type(penalty).__name__} penalises no input gradient that it could confine; leave "
+            "the mask out, or take the gradient from shared.gradient in a penalty of your own"
+        )
+    return penalties
+
+
+def target_logit(logits: Tensor, y: Tensor) -> Tensor:
+    """f_y (N,); 0, with the gradient 0, for an ignored row, as its cross-entropy is."""
+    check_labels(y, logits)
+    if not logits.is_cuda:
+        check_class_indices(y, logits.shape[1], IGNORED)
+    ignored = y == IGNORED
+    return logits.gather(1, y.masked_fill(ignored, 0).unsqueeze(1)).squeeze(1).masked_fill(ignored, 0.0)
