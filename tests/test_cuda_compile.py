@@ -1,4 +1,4 @@
-"""Every CUDA file compiles for an H200 with no register spilled, by the assembler's report. Needs nvcc, no GPU."""
+"""Every CUDA file compiles for an H200, with no register spilled and no kernel that is long. Needs nvcc, no GPU."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 ARCHITECTURE = "sm_90"
 REGISTERS_OF_A_MULTIPROCESSOR = 65536
+LONGEST = 4000  # instructions of a kernel's PTX: compiling takes as long as they are many
 PAIRED = r"(?:cvt\.rn|max)\.b?f16x2"  # instructions for two 16-bit numbers
 KERNELS = ("small_rows", "reduce_rows", "finish_rows", "map_rows", "reduce_map_held", "reduce_map_stashed")
 
@@ -40,7 +41,7 @@ def compile_kernels(source: Path, folder: Path, architecture: str = ARCHITECTURE
     ]
     command += [f"-I{include}", "-DUSE_CUDA", "-Xcompiler=-fPIC", "-Xptxas=-v", "--keep", f"--keep-dir={folder}"]
     command += ["-c", str(source), "-o", str(folder / "kernels.o")]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stdout + process.stderr
     (ptx_file,) = folder.glob("*.ptx")
     ptx = ptx_file.read_text()
@@ -66,7 +67,7 @@ def test_there_are_files() -> None:
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
-def test_no_kernel_spills(source: Path, tmp_path: Path) -> None:
+def test_no_kernel_spills_or_is_long(source: Path, tmp_path: Path) -> None:
     kernels, ptx = compile_kernels(source, tmp_path)
     for family in KERNELS:
         assert any(family in name for name in kernels), f"{family} was not compiled"
@@ -76,6 +77,10 @@ def test_no_kernel_spills(source: Path, tmp_path: Path) -> None:
         allocated = -(-kernel.registers // 8) * 8  # registers are given out in eights
         warps = -(-kernel.threads // 32) * kernel.resident_blocks
         assert allocated * 32 * warps <= REGISTERS_OF_A_MULTIPROCESSOR, f"{name}: {kernel}"
+    for entry in ptx.split(".entry ")[1:]:
+        name, _, body = entry.partition("(")
+        length = body.partition("\n}")[0].count(";\n")
+        assert length <= LONGEST, f"{name} has {length} instructions"
     assert "ld.global.nc.L1::no_allocate.v4.u32" in ptx  # the 16-byte loads are there
     assert re.search(r"st\.global\.v4\.[bu]32", ptx)
     assert set(re.findall(PAIRED, ptx)) == {"cvt.rn.bf16x2", "cvt.rn.f16x2", "max.bf16x2", "max.f16x2"}

@@ -28,7 +28,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 def run(*arguments: object) -> str:
     process = start(*arguments)
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate()
     assert process.returncode == 0, errors
     return output
 
@@ -45,17 +45,15 @@ def test_train_is_killed_and_resumed_and_evaluated(tmp_path: Path) -> None:
 
     process = start("train", "--out", tmp_path / "killed", *settings)
     metrics = tmp_path / "killed" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
     # A row of the fourth epoch: the checkpoint of the third is on the disk, and some steps after it will be lost.
     while not (metrics.exists() and '"epoch": 4' in metrics.read_text()):
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
         time.sleep(0.005)
     process.kill()
     process.communicate()
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     unfinished = start("evaluate", tmp_path / "killed")
-    assert "is not finished" in unfinished.communicate(timeout=120)[1]
+    assert "is not finished" in unfinished.communicate()[1]
     assert unfinished.returncode == 1
 
     run("train", "--out", tmp_path / "killed", "--resume")
@@ -118,9 +116,7 @@ sys.argv = ["rds-fast", "demo", "--out", {str(tmp_path / "demo")!r}]
 main()
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120
-    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert result.returncode == 1
     assert result.stderr.startswith(f"error: {package} is not installed")
     assert "pip install 'rds_fast[train]'" in result.stderr

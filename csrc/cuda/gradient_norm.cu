@@ -11,6 +11,8 @@
 //
 // A row of zeros has derivative 0, but for Σ x² (p = k = 2), which is smooth: there dx = 2 g v. w is 0 where x is 0,
 // but for p = 2. nᵏ⁻² is applied as two factors, and x / n as two as well, so that nothing overflows on the way.
+#include <limits>
+
 #include "launch.cuh"
 #include "norm.cuh"
 
@@ -27,6 +29,7 @@ struct GradientNorm : RowOperation<T> {
   };
   using Scalars = typename RowOperation<T>::None;
   static constexpr bool ANCHORED = true;
+  static constexpr bool ROLLED = !EUCLIDEAN;
   static constexpr bool REDUCES = true;
 
   Norm<A, EUCLIDEAN> norm;
@@ -93,10 +96,10 @@ struct GradientNorm : RowOperation<T> {
   }
 };
 
-// What the derivatives know of a row.
+// What the derivatives know of a row. For p = 1 and ∞ the elements of u are ± unit where |x| >= least, and else 0.
 template <typename A>
 struct NormScalars {
-  A g, n, ties;
+  A g, n, least, unit;
   DividedBy<A> quotient;
 };
 
@@ -105,6 +108,7 @@ template <typename T, bool EUCLIDEAN>
 struct NormDerivative : RowOperation<T> {
   using A = Accumulation<T>;
   using Scalars = NormScalars<A>;
+  static constexpr bool ROLLED = !EUCLIDEAN;
   static constexpr bool MAPS = true;
 
   Norm<A, EUCLIDEAN> norm;
@@ -114,22 +118,18 @@ struct NormDerivative : RowOperation<T> {
   __device__ __forceinline__ Scalars scalars(int64_t r) const {
     const bool has_ties = norm.order() == NormOrder::infinity;
     const A n = has_ties ? saved[2 * r] : saved[r];
-    const A ties = has_ties ? saved[2 * r + 1] : A(1);
-    return {g[r], n, ties, DividedBy<A>(n)};
+    const A least = has_ties ? n : std::numeric_limits<A>::denorm_min();
+    const A unit = has_ties ? A(1) / saved[2 * r + 1] : A(1);
+    return {g[r], n, least, unit, DividedBy<A>(n)};
   }
 
   // An element of u.
   __device__ __forceinline__ A gradient(const Scalars& row, A x) const {
-    switch (norm.order()) {
-      case NormOrder::two:
-        return row.quotient(x);
-      case NormOrder::one:
-        return static_cast<A>((x > A(0)) - (x < A(0)));
-      case NormOrder::infinity:
-        return magnitude(x) == row.n ? copysign(A(1), x) / row.ties : A(0);
-      default:
-        return copysign(raise(row.quotient(magnitude(x)), norm.p - A(1)), x);
-    }
+    if constexpr (EUCLIDEAN) return row.quotient(x);
+    const A size = magnitude(x);
+    A u = size >= row.least ? row.unit : A(0);
+    if (!norm.flat()) u = raise(row.quotient(size), norm.p - A(1));
+    return copysign(u, x);
   }
 };
 
@@ -182,7 +182,7 @@ struct GradientNormDoubleBackward : NormDerivative<T, EUCLIDEAN> {
 
   __device__ __forceinline__ Coefficients coefficients(const Scalars& row, State sum) const {
     const A k = this->norm.k;
-    const bool flat = this->norm.order() == NormOrder::one || this->norm.order() == NormOrder::infinity;
+    const bool flat = this->norm.flat();
     if (EUCLIDEAN && k == A(2)) return {row, A(2), A(0), row.g, A(1)};  // dx = 2 g v, at a row of zeros too
     const A root = second_factor_root(row.n, k);
     return {row, flat ? A(0) : k * (this->norm.p - A(1)), (flat ? k * (k - A(1)) : k * (k - this->norm.p)) * sum,
@@ -190,12 +190,17 @@ struct GradientNormDoubleBackward : NormDerivative<T, EUCLIDEAN> {
   }
 
   __device__ __forceinline__ A map(const Coefficients& c, A x, A v, A) const {
-    A bracket = c.of_gradient * this->gradient(c.row, x);
-    if constexpr (EUCLIDEAN) {
-      bracket += c.of_v * v;
-    } else if (c.of_v != A(0) && x != A(0)) {
-      bracket += c.of_v * raise(c.row.quotient(magnitude(x)), this->norm.p - A(2)) * v;
+    A u, curved;  // curved: w v
+    if (EUCLIDEAN || this->norm.flat()) {
+      u = this->gradient(c.row, x);
+      curved = EUCLIDEAN ? v : A(0);
+    } else {  // one power for w and for u = sign x · w |x| / n
+      const A quotient = c.row.quotient(magnitude(x));
+      const A w = quotient == A(0) ? A(0) : raise(quotient, this->norm.p - A(2));
+      u = copysign(w * quotient, x);
+      curved = w == A(0) ? A(0) : w * v;
     }
+    const A bracket = c.of_gradient * u + c.of_v * curved;
     return (c.outer * bracket) * c.inner;
   }
 };

@@ -98,6 +98,11 @@ struct Scratch {
 template <int LANES>
 using Lanes = std::integral_constant<int, LANES>;
 
+// Lanes of a short row. A group of them saves a part of what a row costs beside its elements, which is little beside
+// what the elements of a ROLLED operation cost: its kernels for groups would be code to compile and no more.
+template <typename Op>
+constexpr int SHORT = Op::ROLLED ? WARP : GROUP;
+
 template <typename Op>
 void launch_small(const Device& device, const Op& op, const Rows<typename Op::Element>& rows) {
   constexpr int tiles = 1 + (Op::READS_V ? 1 : 0) + (Op::READS_Q ? 1 : 0);
@@ -132,7 +137,7 @@ void launch_reduction(const Device& device, const Op& op, const Rows<typename Op
   };
   // Up to four batches of loads in one warp beat a block's barriers, and in one group of lanes what a row costs a whole
   // warp, if the rows are so many that all multiprocessors are busy: 64 rows each are 16 warps. Fewer rows: one batch.
-  if (chunks <= (rows.rows >= 64 * processors ? 16 : UNROLL) * GROUP) return launch_lanes(Lanes<GROUP>());
+  if (chunks <= (rows.rows >= 64 * processors ? 16 : UNROLL) * GROUP) return launch_lanes(Lanes<SHORT<Op>>());
   if (chunks <= 16 * WARP) return launch_lanes(Lanes<WARP>());
   // Two blocks a multiprocessor keep the memory busy; with fewer rows than that the rows are split.
   const int64_t parts = rows.rows >= 2 * processors ? 1 : parts_of_row(rows.rows, chunks, 4 * processors);
@@ -163,9 +168,9 @@ void launch_held(const Device& device, const Op& op, const Rows<typename Op::Ele
 template <typename Op>
 void launch_reduce_map(const Device& device, const Op& op, const Rows<typename Op::Element>& rows, const Tensor& like) {
   const int64_t chunks = rows.columns / WIDTH<typename Op::Element>;
-  if (chunks <= 4 * GROUP) return launch_held<Op, GROUP, 4>(device, op, rows);
+  if (chunks <= 4 * GROUP) return launch_held<Op, SHORT<Op>, 4>(device, op, rows);
   if (chunks <= 4 * WARP) return launch_held<Op, WARP, 4>(device, op, rows);
-  if constexpr (!Op::READS_Q) {  // of three inputs, 8 chunks each are more than the registers take
+  if constexpr (!Op::READS_Q && !Op::ROLLED) {  // of three inputs, 8 chunks each are more than the registers take
     if (chunks <= 8 * WARP) return launch_held<Op, WARP, 8>(device, op, rows);
   }
   if (chunks <= 4 * BLOCK) return launch_held<Op, BLOCK, 4>(device, op, rows);
@@ -195,7 +200,7 @@ void run_rows(const Device& device, const Op& op, const Rows<typename Op::Elemen
   } else if constexpr (Op::REDUCES) {
     launch_reduce_map(device, op, rows, like);
   } else if (rows.columns / WIDTH<typename Op::Element> <= UNROLL * GROUP) {
-    launch_map<Op, GROUP>(device, op, rows, nullptr, 0);
+    launch_map<Op, SHORT<Op>>(device, op, rows, nullptr, 0);
   } else if (rows.columns / WIDTH<typename Op::Element> <= 8 * WARP) {
     launch_map<Op, WARP>(device, op, rows, nullptr, 0);
   } else {

@@ -48,6 +48,9 @@ struct Norm {
 
   __device__ __forceinline__ NormOrder order() const { return EUCLIDEAN ? NormOrder::two : other_order; }
 
+  // Whether the norm is flat between the places where it has no derivative.
+  __device__ __forceinline__ bool flat() const { return order() == NormOrder::one || order() == NormOrder::infinity; }
+
   // Calls body with the order, known when compiling.
   template <typename Body>
   __device__ __forceinline__ void for_order(Body body) const {

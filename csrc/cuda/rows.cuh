@@ -5,6 +5,7 @@
 //     Element, A                      element and accumulation type
 //     READS_V, READS_Q                inputs beside x
 //     REDUCES, MAPS, MAP_READS_Q      which of the two phases exist, and whether the second needs q
+//     ROLLED                          whether its code is too long to be repeated for each chunk that a thread holds
 //     Scalars scalars(r)              what it needs to know of row r
 //     State identity()                the neutral state of the reduction; ANCHORED, add, …: see reduce.cuh
 //     accumulate(state, scalars, values)    takes in neighbouring elements; ANCHORED: none above the anchor
@@ -40,6 +41,7 @@ struct RowOperation {
   using State = None;
   using Coefficients = None;
   static constexpr bool ANCHORED = false;
+  static constexpr bool ROLLED = false;
   static constexpr bool HAS_COLUMN = false;
   static constexpr bool REDUCES = false;
   static constexpr bool MAPS = false;
@@ -79,6 +81,22 @@ __device__ __forceinline__ unsigned char* dynamic_shared_memory() {
 template <typename Op, int LANES>
 constexpr int EDGES = (2 * (WIDTH<typename Op::Element> - 1) + LANES - 1) / LANES;
 
+// A loop over the COUNT chunks that a thread holds is unrolled, since registers cannot be chosen by a number. That of a
+// ROLLED operation is not: it has COUNT turns of one chunk each, the one in the first place, and between two turns the
+// chunks move up by one. After the last turn each is where it was.
+template <typename Op, int COUNT>
+constexpr int TURNS = Op::ROLLED ? COUNT : 1;
+
+template <typename Op, int COUNT>
+__device__ __forceinline__ void next_turn(Chunk (&chunks)[COUNT]) {
+  if constexpr (Op::ROLLED) {
+    const Chunk first = chunks[0];
+#pragma unroll
+    for (int i = 1; i < COUNT; ++i) chunks[i - 1] = chunks[i];
+    chunks[COUNT - 1] = first;
+  }
+}
+
 template <typename Op>
 __device__ __forceinline__ void map_chunk(const Op& op, const typename Op::Coefficients& coefficients,
                                           const Rows<typename Op::Element>& rows, const Row<Op>& row, int64_t column,
@@ -96,6 +114,22 @@ __device__ __forceinline__ void map_chunk(const Op& op, const typename Op::Coeff
     }
   }
   store_packed(row.out + column, out, rows.out_aligned);
+}
+
+// Maps the chunks base, base + LANES, … below last of those loaded.
+template <int LANES, int COUNT, typename Op, typename Index>
+__device__ __forceinline__ void map_chunks(const Op& op, const typename Op::Coefficients& coefficients,
+                                           const Rows<typename Op::Element>& rows, const Row<Op>& row, Index base,
+                                           Index last, Chunk (&chunks)[COUNT]) {
+#pragma unroll 1
+  for (int turn = 0; turn < TURNS<Op, COUNT>; ++turn) {
+#pragma unroll
+    for (int u = 0; u < COUNT / TURNS<Op, COUNT>; ++u) {
+      const Index chunk = base + (turn + u) * LANES;
+      if (chunk < last) map_chunk(op, coefficients, rows, row, row.chunk_column(chunk), chunks[u]);
+    }
+    next_turn<Op>(chunks);
+  }
 }
 
 template <typename Op>
@@ -147,7 +181,7 @@ template <int LANES, int COUNT, typename Op, typename Index>
 __device__ __forceinline__ void accumulate_chunks(const Op& op, typename Op::State& state,
                                                   const typename Op::Scalars& scalars,
                                                   const Rows<typename Op::Element>& rows, Index base, Index last,
-                                                  const Chunk (&chunks)[COUNT]) {
+                                                  Chunk (&chunks)[COUNT]) {
   if constexpr (Op::ANCHORED) {
     typename Op::Bound bound;
 #pragma unroll
@@ -156,9 +190,13 @@ __device__ __forceinline__ void accumulate_chunks(const Op& op, typename Op::Sta
     }
     op.move(state, larger_of(state.anchor, bound.value()));
   }
+#pragma unroll 1
+  for (int turn = 0; turn < TURNS<Op, COUNT>; ++turn) {
 #pragma unroll
-  for (int u = 0; u < COUNT; ++u) {
-    if (base + u * LANES < last) op.accumulate(state, scalars, unpack_chunk<Op>(rows, chunks[u]));
+    for (int u = 0; u < COUNT / TURNS<Op, COUNT>; ++u) {
+      if (base + (turn + u) * LANES < last) op.accumulate(state, scalars, unpack_chunk<Op>(rows, chunks[u]));
+    }
+    next_turn<Op>(chunks);
   }
 }
 
@@ -253,11 +291,7 @@ __global__ void __launch_bounds__(THREADS<LANES>, RESIDENT_BLOCKS<LANES>)
     for (auto base = static_cast<Index>(own.first + lane); base < last; base += LANES * UNROLL) {
       Chunk chunks[UNROLL];
       load_chunks<Op, LANES>(rows, row, base, last, chunks);
-#pragma unroll
-      for (int u = 0; u < UNROLL; ++u) {
-        const Index chunk = base + u * LANES;
-        if (chunk < last) map_chunk(op, coefficients, rows, row, row.chunk_column(chunk), chunks[u]);
-      }
+      map_chunks<LANES>(op, coefficients, rows, row, base, last, chunks);
     }
     if (part == 0) {
       Values<typename Op::A, 1> edges[EDGES<Op, LANES>];
@@ -287,11 +321,7 @@ __global__ void __launch_bounds__(THREADS<LANES>, RESIDENT_BLOCKS<LANES>)
     merge_threads<LANES>(op, state);
     if (lane == 0) op.finish(r, scalars, state);
     const auto coefficients = op.coefficients(scalars, state);
-#pragma unroll
-    for (int h = 0; h < HELD; ++h) {
-      const int chunk = lane + h * LANES;
-      if (chunk < body) map_chunk(op, coefficients, rows, row, row.chunk_column(chunk), held[h]);
-    }
+    map_chunks<LANES>(op, coefficients, rows, row, lane, body, held);
     map_edges<LANES>(op, coefficients, row, lane, edges);
   }
 }

@@ -86,11 +86,7 @@ __device__ __forceinline__ void map_stashed(const Op& op, const typename Op::Coe
       const int64_t chunk = base + u * STASH_BLOCK;
       if (chunk < stash.chunks) chunks[u] = stash.take(chunk);
     }
-#pragma unroll
-    for (int u = 0; u < IN_FLIGHT<Op>; ++u) {
-      const int64_t chunk = base + u * STASH_BLOCK;
-      if (chunk < row.body) map_chunk(op, coefficients, rows, row, row.chunk_column(chunk), chunks[u]);
-    }
+    map_chunks<STASH_BLOCK>(op, coefficients, rows, row, base, row.body, chunks);
   }
 }
 

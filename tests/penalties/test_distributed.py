@@ -30,7 +30,7 @@ def test_gradients_are_the_mean_over_processes(tmp_path: Path) -> None:
         for rank, file in enumerate(files)
     ]  # fmt: skip
     try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
+        errors = [process.communicate()[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

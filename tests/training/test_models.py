@@ -164,4 +164,4 @@ native = bool(sys.modules["torchvision"].extension._has_ops())
 assert native == (extras._torchvision_schemas is None), native
 assert hasattr(torch.ops.torchvision, "nms")
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script], check=True)
