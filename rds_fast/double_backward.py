@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from .backends import PLAIN_TENSORS
 from .compilation import pause_compiling, resume_compiling, uncompiled_alone
+from .distributed import in_use, refuse_freed_weights
 from .ops import activation, concatenation, convolution, pooling
 from .ops.batch_norm import batch_norm
 from .ops.group_norm import group_norm, instance_norm, layer_norm
@@ -60,6 +61,8 @@ class fast_double_backward(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if in_use():
+            refuse_freed_weights((*args, *kwargs.values()))
         replacement = replacement_of(func)
         if replacement is None and not _is_functional(func):  # nearly all calls: the attributes of tensors among them
             return func(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..compilation import uncompiled
+from ..distributed import is_sharded
 from ..ops.inputs import check_count, check_number
 from ..ops.logsumexp import without_autocast
 from ..reference import accumulation_dtype
@@ -155,13 +157,28 @@ def detached(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The model with its parameters detached and its buffers copied.
 
     No graph of the weights is built, and an attack in train mode moves the copies of batch norm's running statistics
-    instead of the model's own. What is no module is returned as it is.
+    instead of the model's own. What is no module is returned as it is. A scripted module takes no other parameters for
+    a call: it is copied. A sharded one cannot even be copied, and is returned as it is where no buffers would move.
     """
     if not isinstance(model, nn.Module):
         return model
+    if is_sharded(model):
+        if any(module.training and module._buffers and _tracks(module) for module in model.modules()):
+            raise ValueError(
+                "the model is sharded (FSDP) and in train mode, and an attack would move its buffers, such as batch "
+                "norm's running statistics; attack it in eval mode: model.eval()"
+            )
+        return model
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        return copy.deepcopy(model).requires_grad_(False)
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
     state.update({name: buffer.detach().clone() for name, buffer in model.named_buffers()})
     return lambda x: torch.func.functional_call(model, state, (x,))
+
+
+def _tracks(module: nn.Module) -> bool:
+    """Whether a module in train mode may write into its buffers: batch norm can be told not to."""
+    return bool(getattr(module, "track_running_stats", True))
 
 
 def check_attack(

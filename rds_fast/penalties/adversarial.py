@@ -12,7 +12,7 @@ from ..attacks.pgd import ascend, check_attack, detached
 from ..compilation import uncompiled
 from ..ops.inputs import check_number
 from .checks import check_input
-from .inner_pass import implementation, logits_of
+from .inner_pass import frozen_statistics, implementation, logits_of
 from .integrated_gradients import check_pair, cross_entropies_of
 from .loss import LossTerms, check_sample_weight, mean_of_counted
 
@@ -100,18 +100,19 @@ class AdversarialLoss:
         return LossTerms(loss, loss, torch.zeros_like(loss), logits)
 
     def _worst(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-        frozen = detached(model)
-        return ascend(
-            lambda moved: cross_entropies(frozen, moved, y, self.label_smoothing),
-            x,
-            self.epsilon,
-            norm=self.norm,
-            steps=self.steps,
-            step_size=self.step_size,
-            random_start=self.random_start,
-            bounds=self.bounds,
-            generator=self.generator,
-        )
+        with frozen_statistics(model):
+            frozen = detached(model)
+            return ascend(
+                lambda moved: cross_entropies(frozen, moved, y, self.label_smoothing),
+                x,
+                self.epsilon,
+                norm=self.norm,
+                steps=self.steps,
+                step_size=self.step_size,
+                random_start=self.random_start,
+                bounds=self.bounds,
+                generator=self.generator,
+            )
 
 
 def cross_entropies(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:

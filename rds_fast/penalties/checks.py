@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.nn.parallel import DistributedDataParallel
+
+from ..distributed import in_use, refuse_static_graph
 
 # Nodes that pass the logits on as they are. The number at the end of a node's name is stripped before the comparison.
 _PASSED_ON = frozenset(
@@ -67,18 +68,9 @@ def check_model(model: Any) -> None:
             f"the model is {found}; it must be a callable that maps x (N, ...) to logits (N, C), such as a "
             "torch.nn.Module"
         )
-    if isinstance(model, torch.nn.Module) and torch.distributed.is_available() and torch.distributed.is_initialized():
+    if isinstance(model, torch.nn.Module) and in_use():
         for module in modules_of(model):
             refuse_static_graph(module)
-
-
-def refuse_static_graph(module: Any) -> None:
-    if isinstance(module, DistributedDataParallel) and module.static_graph:
-        raise ValueError(
-            "the model is a DistributedDataParallel with static_graph=True, which averages the gradients when its "
-            "first backward ends: that is the penalty's own, with respect to x, before there are any. Leave "
-            "static_graph out"
-        )
 
 
 def check_autograd() -> None:

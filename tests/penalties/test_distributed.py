@@ -1,4 +1,4 @@
-"""A penalised step on several processes, by DistributedDataParallel."""
+"""A penalised step on several processes, by DistributedDataParallel and by ``fully_shard``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import distributed_steps
 import pytest
 import torch
-from distributed_steps import LOSSES, PROCESSES, network
+from distributed_steps import LOSSES, PROCESSES, SHARDED, network
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_gradients_are_the_mean_over_processes(tmp_path: Path) -> None:
+def test_steps_are_those_of_one_process(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     files = [tmp_path / f"{rank}.pt" for rank in range(PROCESSES)]
@@ -44,3 +44,8 @@ def test_gradients_are_the_mean_over_processes(tmp_path: Path) -> None:
                 torch.testing.assert_close(of_rank[name, fused], mean, rtol=1e-9, atol=1e-12)
     for of_rank in found:
         assert ["static_graph" in message for message in of_rank["static graph"]] == [True] * 3
+        assert ["set_reshard_after_backward(False)" in message for message in of_rank["freed weights"]] == [True] * 5
+    for name in SHARDED:
+        truth = distributed_steps.trained(name, network(), list(range(PROCESSES)))
+        for of_rank in found:
+            torch.testing.assert_close(of_rank["sharded", name], truth, rtol=1e-9, atol=1e-12)
