@@ -61,6 +61,15 @@ def refuse_freed_weights(tensors: Iterable[Any]) -> None:
             node = node.next_functions[0][0]
 
 
+def refuse_freed_weights_behind(output: Tensor) -> None:
+    """The same of what a module returned outside: fully_shard's hook on it leads to the weights."""
+    for hook in (output._backward_hooks or {}).values():
+        state = getattr(hook, "__self__", None)
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        if any(group is not None and group.reshard_after_backward for group in groups):
+            raise RuntimeError(_FREED.format("is sharded by fully_shard", _REMEDY))
+
+
 _FREED = (
     "the model {}, which frees a module's weights when the first backward ends: that is the one with respect to x, and "
     "the training step's backward needs them again. {}, or use DensityPenalty(method='finite_difference'), which works "

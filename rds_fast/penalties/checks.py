@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from ..compilation import compiled_part, modules_of
-from ..distributed import in_use, refuse_static_graph
+from ..distributed import in_use, refuse_freed_weights_behind, refuse_static_graph
 
 # Nodes that pass the logits on as they are. The number at the end of a node's name is stripped before the comparison.
 _PASSED_ON = frozenset(
@@ -175,6 +175,8 @@ def check_given_logits(logits: Tensor, x: Tensor) -> None:
     refuse_compiled_logits(logits)
     # The node through which the results of a DistributedDataParallel go knows their module.
     refuse_static_graph(getattr(logits.grad_fn, "ddp_weakref", lambda: None)())
+    if in_use():
+        refuse_freed_weights_behind(logits)
 
 
 def refuse_normalised(logits: Tensor) -> None:

@@ -150,6 +150,7 @@ def main(rank: int, meeting: str, results: str) -> None:
             for model in (sharded(), older, partly)
         ),
         *(lambda model=model: mode_alone(model, x.detach()) for model in (sharded(), older)),
+        lambda: density_penalty_from_logits(sharded()(x), x),
     )
     torch.save(found, results)
     torch.distributed.destroy_process_group()

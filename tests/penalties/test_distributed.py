@@ -44,7 +44,7 @@ def test_steps_are_those_of_one_process(tmp_path: Path) -> None:
                 torch.testing.assert_close(of_rank[name, fused], mean, rtol=1e-9, atol=1e-12)
     for of_rank in found:
         assert ["static_graph" in message for message in of_rank["static graph"]] == [True] * 3
-        assert ["set_reshard_after_backward(False)" in message for message in of_rank["freed weights"]] == [True] * 5
+        assert ["set_reshard_after_backward(False)" in message for message in of_rank["freed weights"]] == [True] * 6
     for name in SHARDED:
         truth = distributed_steps.trained(name, network(), list(range(PROCESSES)))
         for of_rank in found:
