@@ -24,7 +24,7 @@ from ..penalties.schedules import Constant, Cosine, LinearWarmup, Schedule, Step
 from ..penalties.shared import Penalty
 from . import runs
 from .config import TrainingConfig
-from .data import Split
+from .data import Split, check_classes
 from .objective_settings import ADAPTIVE, PENALIZED, weights_of_classes
 
 Loss = Callable[..., LossTerms]
@@ -77,12 +77,8 @@ class Objective:
     def __init__(
         self, config: TrainingConfig, steps_per_epoch: int, training: Split, device: torch.device | str = "cpu"
     ) -> None:
+        check_classes(config.data, training)
         classes = training.classes
-        if classes < 2:
-            raise ValueError(
-                f"the data {config.data} have {classes} class, which every model gets right; give data of two classes "
-                "at least, such as two folders"
-            )
         self._class_weights = _class_weights(config, training, device)
         self._groups = _groups(config, training)
         weighted = config.without_effect("weight") is None

@@ -150,7 +150,7 @@ def test_data_without_groups_and_wrong_weights(splits: Splits, tmp_path: Path) -
 
 def test_a_single_class_is_refused(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, classes=1)
-    with pytest.raises(ValueError, match="the data synthetic have 1 class, which every model gets right; give data of"):
+    with pytest.raises(ValueError, match=r"the data synthetic have 1 class \(0\), which every model gets right; give"):
         train(config, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
