@@ -70,19 +70,14 @@ class Objective:
 
     Raises:
         FileNotFoundError, ValueError: there is a teacher, and it is no finished run, or one for other data.
-        ValueError: the data have a single class, no groups where they are to be weighted, or another number of classes
-            than there are weights.
+        ValueError: the data have no groups where they are to be weighted, or another number of classes than there are
+            weights.
     """
 
     def __init__(
         self, config: TrainingConfig, steps_per_epoch: int, training: Split, device: torch.device | str = "cpu"
     ) -> None:
         classes = training.classes
-        if classes < 2:
-            raise ValueError(
-                f"the data {config.data} have {classes} class, which every model gets right; give data of two classes "
-                "at least, such as two folders"
-            )
         self._class_weights = _class_weights(config, training, device)
         self._groups = _groups(config, training)
         weighted = config.without_effect("weight") is None
