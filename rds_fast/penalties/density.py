@@ -23,7 +23,7 @@ from ..ops.gradient_norm import check_norm, gradient_norm
 from ..ops.inputs import check_number
 from ..ops.logsumexp import logsumexp, without_autocast
 from .checks import check_choice, check_input, refuse_normalised, refuse_one_logit
-from .inner_pass import RandomState, implementation, input_gradients, logits_of
+from .inner_pass import RandomState, implementation, logits_of
 from .shared import Penalty, SharedForward, penalties_of
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -184,9 +184,7 @@ class DensityPenalty(Penalty):
             shared.run(derivatives=1)
             _refuse_coarse("the logits are", shared.logits.dtype)
             log_density = shared.log_density
-            norm, directions = self._dual_direction(
-                shared, input_gradients(log_density, shared.inputs, names=shared.names)
-            )
+            norm, directions = self._dual_direction(shared, shared.gradients_without_graph(log_density))
             # From the caller's x: if that needs no gradient, neither does the second forward's input.
             step_size = float(self.step_size)
             moved = [x + step_size * d for x, d in zip(shared.differentiated(), directions, strict=True)]

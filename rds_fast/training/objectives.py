@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..penalties.adaptive import AccuracyBudget, PenaltyRatio
 from ..penalties.adversarial import AdversarialLoss
 from ..penalties.attribution import AttributionPenalty, RobustAttributionLoss
@@ -17,6 +16,7 @@ from ..penalties.density import DensityPenalty
 from ..penalties.group_dro import GroupDRO
 from ..penalties.inner_pass import implementation
 from ..penalties.input_gradient import InputGradientPenalty
+from ..penalties.integrated_gradients import cross_entropies_of
 from ..penalties.jacobian import JacobianPenalty
 from ..penalties.loss import LossTerms, PenalizedLoss, weighted_mean
 from ..penalties.matching import GradientMatchingPenalty
@@ -43,8 +43,7 @@ def cross_entropy(
     """The mean cross-entropy, and a penalty of 0; the step does not matter."""
     logits = model(x)
     with implementation(fast):
-        losses = cross_entropy_with_logsumexp(logits, y, label_smoothing=label_smoothing)[0]
-        loss = weighted_mean(losses, sample_weight)
+        loss = weighted_mean(cross_entropies_of(logits, y, label_smoothing), sample_weight)
     return LossTerms(loss, loss, torch.zeros_like(loss), logits)
 
 
@@ -70,8 +69,8 @@ class Objective:
 
     Raises:
         FileNotFoundError, ValueError: there is a teacher, and it is no finished run, or one for other data.
-        ValueError: the data have a single class, no groups where they are to be weighted, or another number of classes
-            than there are weights.
+        ValueError: the data have no groups where they are to be weighted, or another number of classes than there are
+            weights.
     """
 
     def __init__(

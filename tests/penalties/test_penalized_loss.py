@@ -261,6 +261,9 @@ def test_a_penalty_of_ones_own(network: str) -> None:
     torch.testing.assert_close(terms.penalty, truth)
     torch.testing.assert_close(terms.total, loss.mean() + 0.5 * truth)
     shared = SharedForward(model, x, y)
+    assert torch.equal(shared.inputs, x)
+    (by_hand,) = torch.autograd.grad(shared.logits.sum(), shared.inputs, create_graph=True)
+    torch.testing.assert_close(shared.gradient(shared.logits.sum(1)), by_hand)
     assert all(getattr(shared, name) is getattr(shared, name) for name in ("logits", "loss", "log_density"))
     assert shared._inner_pass("log_density") is shared._inner_pass("log_density")
 
