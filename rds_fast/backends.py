@@ -145,13 +145,14 @@ def select(x: Tensor, native_on: tuple[str, ...] = ("cpu", "cuda"), *, has_kerne
 
     Under the compiler's tracer it is the reference: the compiler fuses the plain formula itself, and a compiled
     ``torch.func.grad`` of nested autograd Functions is wrong without an error. In forward mode it is the reference as
-    well: nested forward-mode derivatives lose terms in autograd Functions, again without an error. On meta tensors
+    well: nested forward-mode derivatives lose terms in autograd Functions, again without an error. And under
+    ``torch.jit.trace``, whose graphs are saved, and loaded where there are no Functions of ours. On meta tensors
     nothing runs, and the fused operation is to be seen whatever was built.
 
     ``native_on``: the devices for which the operation has native kernels. ``has_kernels``: False for one that is made
     of PyTorch's kernels alone, so that it does not matter whether those which ``use_backend`` forces can run.
     """
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._is_tracing():
         return "reference"
     device_type = x.device.type
     requested = _requested.get()

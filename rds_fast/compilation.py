@@ -1,4 +1,4 @@
-"""What ``torch.compile`` leaves as it is here.
+"""What ``torch.compile`` leaves as it is here; and models that were compiled.
 
 The compiler traces the frames of Python that run under it. Where a gradient is taken with its graph there is nothing
 that it could compile, so that code runs as it stands: the compiled function is cut there.
@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch._C._dynamo import eval_frame
 
 _REASON = (
@@ -63,3 +64,34 @@ def pause_compiling() -> None:
 def resume_compiling() -> None:
     """End the latest pause."""
     eval_frame.set_eval_frame(_paused.compilers.pop())
+
+
+def modules_of(model: Any) -> list[Any]:
+    """All modules of a model, in any order; none of what is no module.
+
+    As ``model.modules()``, whose nested generators cost the host some thousand calls for a large network, in each step.
+    """
+    if not isinstance(model, torch.nn.Module):
+        return []
+    found, seen = [model], {model}
+    for module in found:
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
+
+
+def compiled_part(model: Any) -> tuple[str, str | None]:
+    """What of a model was compiled, to follow "the model", and by what: torch.compile, torch.jit or None."""
+    for module in modules_of(model):
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"holds a scripted {module.original_name}", "torch.jit"
+        # By name: importing torch._dynamo for isinstance takes a second, in processes that never compile anything.
+        if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
+            return f"holds a compiled {type(getattr(module, '_orig_mod', module)).__name__}", "torch.compile"
+    if isinstance(model, torch.jit.ScriptFunction):
+        return "is a scripted function", "torch.jit"
+    if hasattr(model, "_torchdynamo_orig_callable"):
+        return "is a compiled function", "torch.compile"
+    return "", None

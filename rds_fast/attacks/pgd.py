@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..compilation import uncompiled
+from ..compilation import compiled_part, uncompiled
 from ..distributed import is_sharded
 from ..ops.inputs import check_count, check_number
 from ..ops.logsumexp import without_autocast
@@ -72,8 +72,7 @@ def ascend(
         RuntimeError: the objective does not depend on x' differentiably.
     """
     check_attack(epsilon, norm, steps, step_size, bounds)
-    if not x.is_floating_point():
-        raise TypeError(f"x is {x.dtype}; it must be floating to be perturbed: pass x.float()")
+    check_floating(x)
     if x.dim() == 0:
         raise ValueError("x has no dimension; it must have shape (N, ...), one sample a row")
     with torch.inference_mode(False), torch.enable_grad():
@@ -122,7 +121,7 @@ def pgd(
         ``(x' - x).flatten(1).norm(dim=1) <= epsilon``), and x' is within the bounds, without any tolerance.
 
     Raises:
-        TypeError: x is not floating, or y not of integers.
+        TypeError: x or the logits are not floating, or y not of integers.
         ValueError: labels, logits, epsilon, steps, step_size, norm or bounds are not as described.
         RuntimeError: the logits do not depend on x differentiably.
         FloatingPointError: their gradient is not finite.
@@ -169,8 +168,12 @@ def detached(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
                 "norm's running statistics; attack it in eval mode: model.eval()"
             )
         return model
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        return copy.deepcopy(model).requires_grad_(False)
+    if compiled_part(model)[1] == "torch.jit":
+        with torch.no_grad():  # else the copies of parameters are results, not leaves
+            model = copy.deepcopy(model)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        return model
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
     state.update({name: buffer.detach().clone() for name, buffer in model.named_buffers()})
     return lambda x: torch.func.functional_call(model, state, (x,))
@@ -204,8 +207,20 @@ def check_bounds(bounds: tuple[float, float]) -> None:
         raise ValueError(f"bounds are ({low}, {high}); the first must be below the second")
 
 
+def check_floating(x: Tensor) -> None:
+    """Raise TypeError unless x holds floating-point numbers, which can be moved a little."""
+    if x.is_complex():
+        raise TypeError(
+            f"x is {x.dtype}; it must be floating: pass torch.view_as_real(x), and a model that begins with "
+            "torch.view_as_complex"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}; it must be floating: pass x.float()")
+
+
 def check_inside(x: Tensor, bounds: tuple[float, float], *, read: bool = False) -> None:
     """x is within the bounds. On CUDA a value is read only if so said; else an assertion on the device watches."""
+    check_floating(x)
     low, high = bounds
     inside = ((x >= low) & (x <= high)).all()
     if x.is_meta:
@@ -246,6 +261,8 @@ def _cross_entropy_of(model: Callable[[Tensor], Tensor], y: Tensor) -> Callable[
 
     def objective(moved: Tensor) -> Tensor:
         logits = model(moved)
+        if not logits.is_floating_point():
+            raise TypeError(f"the model's logits are {logits.dtype}; pgd needs floating-point ones")
         if logits.dim() != 2 or logits.shape[0] != moved.shape[0]:
             raise ValueError(f"the model's logits have shape {tuple(logits.shape)}; pgd needs ({moved.shape[0]}, C)")
         if logits.shape[1] == 1:

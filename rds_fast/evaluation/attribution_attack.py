@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..attacks.ball import ascent_direction, displace, largest_not_above, project, uniform_point
-from ..attacks.pgd import check_attack, detached
+from ..attacks.pgd import check_attack, check_floating, detached
+from ..compilation import compiled_part
 from ..ops.inputs import check_count, check_number
 from ..penalties.integrated_gradients import PathTerms, integrated_gradients, path_terms
 from ..penalties.shared import target_logit
@@ -84,9 +85,15 @@ def attribution_attack(
         TypeError: x is not floating, y not int64, or a number is none.
         ValueError: a setting is out of range, shapes do not fit, or x leaves the bounds.
         IndexError: on CPU, a class index is out of range; on CUDA a device assertion fails, as in PyTorch.
-        RuntimeError: the logits do not depend on x differentiably.
+        RuntimeError: the model is compiled or scripted, or the logits do not depend on x differentiably.
         FloatingPointError: a gradient is not finite.
     """
+    found, compiler = compiled_part(model)
+    if compiler is not None:
+        raise RuntimeError(
+            f"the model {found} ({compiler}), and the attack needs its second derivatives and replaces its ReLUs; "
+            "attack the Python module that it was made from"
+        )
     check_attack(epsilon, "linf", steps, step_size, bounds)
     counts = {"restarts": restarts, "path_steps": path_steps, "attack_path_steps": attack_path_steps}
     for name, count in counts.items():
@@ -205,8 +212,7 @@ _RELUS = frozenset((F.relu, torch.relu, Tensor.relu, *_IN_PLACE))
 
 
 def _check_samples(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"x is {x.dtype}; it must be floating to be perturbed: pass x.float()")
+    check_floating(x)
     if x.dim() < 2 or y.shape != x.shape[:1]:
         raise ValueError(f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}; they must be (N, ...) and (N,)")
     low, high = bounds

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..attacks.pgd import check_floating
 from ..penalties.integrated_gradients import integrated_gradients
 from ..training.extras import require
 from ..training.names import check_name
@@ -55,6 +56,7 @@ def attributions(
         ImportError: captum is needed and not installed; the message says how to install it.
     """
     check_name("the attribution", method, METHODS)
+    check_floating(x)
     if method == "input_gradient":
         return input_gradient(model, x, y)
     if method == "integrated_gradients":

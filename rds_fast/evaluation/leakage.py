@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..attacks.pgd import check_floating
 from ..reference import accumulation_dtype
 from ..training import data
 from .results import Results
@@ -37,6 +38,7 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     Not of the cross-entropy: that gradient is f_y's less the softmax-weighted mean of all logits', and vanishes on
     every sample that a model is sure of, whatever the model looks at.
     """
+    check_floating(x)
     with torch.inference_mode(False), torch.enable_grad():
         x, y = x.detach().clone().requires_grad_(), y.clone()  # inference tensors allow no autograd
         logits = model(x)

@@ -53,7 +53,7 @@ def square_attack(
         x' of x's shape and dtype: ``(x' - x).abs() <= epsilon`` and the bounds hold without any tolerance.
 
     Raises:
-        TypeError: bounds are not two numbers.
+        TypeError: x is not floating, or bounds are not two numbers.
         ValueError: epsilon, queries or bounds are out of range, or x leaves the bounds.
     """
     if not (math.isfinite(epsilon) and epsilon >= 0):

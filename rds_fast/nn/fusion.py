@@ -6,10 +6,10 @@ import copy
 from collections import Counter
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..compilation import compiled_part
 from .modules import FusedForward
 from .patterns import Fusion, Left
 from .planning import Plan, why_not_plain
@@ -130,16 +130,11 @@ def _layer(plan: Plan, path: str, module: _BatchNorm) -> LayerReport:
 def _check(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
-    for module in model.modules():
-        # By name: importing torch._dynamo for isinstance takes a second.
-        if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
-            raise RuntimeError(
-                f"the model holds a compiled {type(getattr(module, '_orig_mod', module)).__name__} (torch.compile), "
-                "whose forward is fixed; fuse the model first and compile it then (compiled_model._orig_mod is the "
-                "model that was not compiled)"
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise RuntimeError(
-                f"the model holds a scripted {module.original_name} (torch.jit), whose forward cannot be changed; "
-                "fuse the Python model"
-            )
+    found, compiler = compiled_part(model)
+    if compiler == "torch.compile":
+        raise RuntimeError(
+            f"the model {found} (torch.compile), whose forward is fixed; fuse the model first and compile it then "
+            "(compiled_model._orig_mod is the model that was not compiled)"
+        )
+    if compiler == "torch.jit":
+        raise RuntimeError(f"the model {found} (torch.jit), whose forward cannot be changed; fuse the Python model")

@@ -52,8 +52,19 @@ def _takes(epilogue: Epilogue, input: Tensor) -> bool:
     )
 
 
+def _refuse_scripting(module: nn.Module) -> nn.Module:
+    """What ``torch.jit.script`` calls first of each module, to be given what it should compile."""
+    raise RuntimeError(
+        f"the model holds a fused {original_class(module).__name__} (rds_fast.nn.fuse), whose forward torch.jit.script "
+        "cannot compile; script the model that was not fused, which has the same state dict (fuse leaves it as it is "
+        "unless inplace=True), or use torch.jit.trace or torch.export, which take the fused one"
+    )
+
+
 class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm, with the addition and the ReLU that follow it in one operation where a caller hands them over."""
+
+    __prepare_scriptable__ = _refuse_scripting
 
     def forward(self, input: Tensor, epilogue: Epilogue | None = None) -> Tensor:
         if epilogue is None:
@@ -144,6 +155,8 @@ class FusedForward(nn.Module):
     original: ClassVar[type[nn.Module]]
     blueprint: ClassVar[Blueprint]
     functions: ClassVar[dict[tuple[bool, type], Callable[..., Any]]]
+
+    __prepare_scriptable__ = _refuse_scripting
 
     def _generated(self, args: tuple[Any, ...]) -> Callable[..., Any] | None:
         """The forward that was traced under what holds now; None where there is none."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from ..compilation import compiled_part, modules_of
 from ..distributed import in_use, refuse_static_graph
 
 # Nodes that pass the logits on as they are. The number at the end of a node's name is stripped before the comparison.
@@ -132,30 +133,17 @@ def refuse_one_logit(logits: Tensor) -> None:
         )
 
 
-def modules_of(model: Any) -> list[Any]:
-    """All modules of a model, in any order; none of what is no module.
-
-    As ``model.modules()``, whose nested generators cost the host some thousand calls for a large network, in each step.
-    """
-    if not isinstance(model, torch.nn.Module):
-        return []
-    found, seen = [model], {model}
-    for module in found:
-        for child in module._modules.values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                found.append(child)
-    return found
-
-
 def refuse_compiled(model: Any) -> None:
-    """What torch.compile makes can be differentiated once, and an exact penalty differentiates it twice."""
-    # By name: importing torch._dynamo for isinstance takes a second, in processes that never compile anything.
-    for module in modules_of(model):
-        if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
-            raise _compiled(f"the model holds a compiled {type(getattr(module, '_orig_mod', module)).__name__}")
-    if hasattr(model, "_torchdynamo_orig_callable"):
-        raise _compiled("the model is a compiled function")
+    """An exact penalty differentiates a model twice: torch.compile's cannot be, and torch.jit's not reliably."""
+    found, compiler = compiled_part(model)
+    if compiler == "torch.compile":
+        raise _compiled(f"the model {found}")
+    if compiler == "torch.jit":
+        raise RuntimeError(
+            f"the model {found} (torch.jit), whose second derivatives are not always right (those of traced batch norm "
+            "in train mode can be wrong from the second call on), and the exact penalty needs them; pass the Python "
+            "module that it was made from, or use DensityPenalty(method='finite_difference')"
+        )
 
 
 def refuse_compiled_logits(logits: Tensor) -> None:

@@ -7,12 +7,13 @@ through the batch statistics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..backends import use_backend
@@ -137,20 +138,39 @@ def frozen_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
     values back would spoil the graph of a forward that read them.
     """
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    training: list[Any] = [module for module in modules if module.training and module._buffers]
+    training: list[Any] = [module for module in modules if is_training(module) and module._buffers]
     tracking = [m for m in training if _is_batch_norm(m) and m.track_running_stats]
-    buffers = [(m, m._buffers) for m in training if not _is_batch_norm(m)]
+    buffers = [(m, m._buffers) for m in training if not _is_batch_norm(m) and not isinstance(m, ScriptModule)]
+    scripted = [(m, dict(m._buffers.items())) for m in training if isinstance(m, ScriptModule)]
     try:
         for module in tracking:
             module.track_running_stats = False
         for module, original in buffers:
-            module._buffers = {name: None if b is None else b.detach().clone() for name, b in original.items()}
+            module._buffers = _copies(original)
+        for module, original in scripted:  # whose dict of buffers is a view of what the script holds
+            _set(module, _copies(original))
         yield
     finally:
         for module in tracking:
             module.track_running_stats = True
         for module, original in buffers:
             module._buffers = original
+        for module, original in scripted:
+            _set(module, original)
+
+
+def _copies(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: None if buffer is None else buffer.detach().clone() for name, buffer in buffers.items()}
+
+
+def _set(module: torch.nn.Module, buffers: Mapping[str, Tensor | None]) -> None:
+    for name, buffer in buffers.items():
+        setattr(module, name, buffer)
+
+
+def is_training(module: torch.nn.Module) -> bool:
+    """Whether a module is in train mode."""
+    return getattr(module, "training", False)  # what torch.jit.freeze makes has no mode
 
 
 def samples_interact(model: Callable[[Tensor], Tensor]) -> bool:
@@ -161,7 +181,7 @@ def samples_interact(model: Callable[[Tensor], Tensor]) -> bool:
     if not isinstance(model, torch.nn.Module):
         return True
     return any(
-        (module.training and any(buffer is not None for buffer in module._buffers.values()))
+        (is_training(module) and any(buffer is not None for buffer in module._buffers.values()))
         or (isinstance(module, _BatchNorm) and module.running_mean is None)
         for module in model.modules()
     )

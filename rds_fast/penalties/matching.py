@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..ops.gradient_norm import check_norm
 from .checks import check_choice, check_model
-from .inner_pass import cotangent_of, differentiable_input, forward, input_gradients
+from .inner_pass import cotangent_of, differentiable_input, forward, input_gradients, is_training
 from .shared import GRADIENTS_OF, Penalty, SharedForward
 
 
@@ -87,7 +87,7 @@ class GradientMatchingPenalty(Penalty):
 def _in_eval_mode(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """A module's modules in eval mode inside, and each as it was afterwards."""
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    training = [module for module in modules if module.training]
+    training = [module for module in modules if is_training(module)]
     try:
         for module in training:
             module.training = False

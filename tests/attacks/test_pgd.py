@@ -259,6 +259,7 @@ class Undefined(nn.Module):
     ("change", "error", "message"),
     [
         ({"x": torch.zeros(2, 3, dtype=torch.long)}, TypeError, "floating"),
+        ({"x": torch.zeros(2, 3, dtype=torch.complex64)}, TypeError, r"pass torch\.view_as_real\(x\)"),
         ({"x": torch.full((2, 3), 1.5)}, ValueError, "bounds"),
         ({"x": torch.full((2, 3), math.nan)}, ValueError, "NaN"),
         ({"y": torch.zeros(2)}, TypeError, "class indices"),

@@ -205,6 +205,29 @@ def test_scripted_models_are_refused() -> None:
         fuse(scripted)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated; and tracing says what it makes constant
+def test_fused_models_in_torch_jit() -> None:
+    """Scripting names what to script. A trace is PyTorch's own operations, and so can be saved."""
+    x = torch.randn(4, 3, 6, 6)
+    for plain in (Residual(), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())):
+        arguments = (x, x.flip(0)) if isinstance(plain, Residual) else (x,)
+        fused = fuse(plain)
+        for model in (fused, nn.ModuleList([fused])):
+            with pytest.raises(
+                RuntimeError, match=r"holds a fused .*script the model that was not fused.*torch\.jit\.trace"
+            ):
+                torch.jit.script(model)
+        for training in (True, False):
+            file = io.BytesIO()
+            torch.jit.save(torch.jit.trace(fuse(plain).train(training), arguments, check_trace=False), file)
+            file.seek(0)
+            loaded, truth = torch.jit.load(file), copy.deepcopy(plain).train(training)
+            loaded.load_state_dict(truth.state_dict())
+            larger = tuple(torch.cat([argument, argument + 1]) for argument in arguments)
+            torch.testing.assert_close(loaded(*larger), truth(*larger))
+            torch.testing.assert_close(list(loaded.buffers()), list(truth.buffers()))
+
+
 def test_doctor_lists_what_fuse_would_do(capsys: pytest.CaptureFixture[str]) -> None:
     doctor.doctor(model="resnet18")
     assert "fuse 17 of 20 batch norms" in capsys.readouterr().out
