@@ -45,8 +45,8 @@ def log_density(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: model, x or the logits are not as above.
-        ValueError: the model ends in log-softmax, so that the result would be 0 (recognised where gradients are
-            enabled and a parameter or x requires one).
+        ValueError: the model gives one logit, or ends in log-softmax, so that the result would be 0 (recognised where
+            gradients are enabled and a parameter or x requires one).
     """
     check_input(x)
     logits = logits_of(model, x)
@@ -154,8 +154,8 @@ class DensityPenalty(Penalty):
     Raises:
         TypeError: x is not a floating-point tensor, the model is not callable or does not return one tensor, or p,
             power or step_size is not a number (a tensor is none).
-        ValueError: an argument is out of range, the logits are not (N, C), the model ends in log-softmax, or x or
-            the logits are 16-bit with a finite difference.
+        ValueError: an argument is out of range, the logits are not (N, C), the model ends in log-softmax or gives one
+            logit (without a binary loss), or x or the logits are 16-bit with a finite difference.
         RuntimeError: gradients are disabled, there is no gradient path from x to the logits, the model is compiled
             (exact), or the penalty is inside a transformation of ``torch.func``, which it does not support.
     """

@@ -1,6 +1,6 @@
 """The forward that a penalty and its loss share, and what a penalty is: one method over it.
 
-    class Curvature(rds_fast.Penalty):
+    class Sensitivity(rds_fast.Penalty):
         def per_sample(self, shared):                       # -> (N,)
             return shared.gradient("target_logit").flatten(1).abs().sum(1)
 
@@ -257,7 +257,7 @@ class SharedForward:
         if self._masks is None:
             return tuple(gradients)
         return tuple(
-            g if mask is None else torch.where(mask, g, 0.0) if mask.dtype == torch.bool else g * mask
+            g if mask is None else torch.where(mask, g, 0.0) if mask.dtype == torch.bool else g * mask.to(g.dtype)
             for g, mask in zip(gradients, self._masks, strict=True)
         )
 
@@ -279,7 +279,8 @@ class SharedForward:
 class Penalty:
     """What penalties have in common: ``penalty(model, x, y)``, the mean of ``per_sample(shared)``, which each defines.
 
-    ``rds_fast.PenalizedLoss`` takes any object with that method, and any function of the shared forward alone.
+    ``rds_fast.PenalizedLoss`` takes any object with that method, and any function of the shared forward alone. A
+    penalty may be made of others, ``DensityPenalty().per_sample(shared) + ...``, from the same forward.
     """
 
     fast: bool = True
