@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import sys
@@ -28,12 +29,24 @@ def main() -> None:
 
 
 def _print_what_can_be_printed() -> None:
-    """Replace by "?" what standard output has no sign for, such as "∇" on a terminal of Windows or in a C locale.
+    """Print plainly what standard output has no sign for, such as "∇" on a terminal of Windows or in a C locale.
 
     Python would raise instead, when all the work is done. Standard error replaces by itself.
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
-        sys.stdout.reconfigure(errors="replace")
+        codecs.register_error("rds_fast.plainly", _plainly)
+        sys.stdout.reconfigure(errors="rds_fast.plainly")
+
+
+# Signs of tables and sentences without which a figure would be another, or two models of one name; others become "?".
+_PLAIN = {"−": "-", "–": "-", "±": "+-", "×": "x", "∞": "inf", "‖": "|", "∇": "grad", "λ": "lambda", "ε": "eps"}
+_PLAIN |= {"↑": "^", "↓": "v", "→": "->", "…": "...", "\u00a0": " "}
+
+
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    """A handler of ``codecs.register_error``: the signs that cannot be printed, in letters, and where to go on."""
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(_PLAIN.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ class fast_double_backward(TorchFunctionMode):
 
     It serves any loss that holds a gradient: the density penalty and its relatives, which enter it by themselves, and
     R1, WGAN-GP, force matching and the like. The derivatives are exact to second order; a third raises where the fused
-    operation ends the chain, and exists elsewhere. Only the forward must run inside. The mode holds for the thread that
+    operation ends the chain, and exists elsewhere, and under ``use_backend("reference")`` everywhere. Only the forward
+    must run inside. The mode holds for the thread that
     entered it, may be nested, and is left when an exception is raised.
 
     Convolutions of all kinds, batch, layer, group and instance norm, activations, pools and concatenations run on

@@ -86,7 +86,10 @@ def gradient_norm(gradient: Tensor, p: float = 2.0, power: float = 1.0) -> Tenso
 def _normalise(
     x: Tensor, dims: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...], eps: float
 ) -> Tensor:
-    """``(x − mean) / sqrt(variance + eps) · weight + bias``: mean and variance over ``dims``, parameters as ``shape``."""
+    """``(x − mean) / sqrt(variance + eps) · weight + bias``.
+
+    Mean and variance are over ``dims``; weight and bias have ``shape`` beside x.
+    """
     dtype = accumulation_dtype(x.dtype)
     deviation = x.to(dtype)
     deviation = deviation - deviation.mean(dims, keepdim=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import io
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,51 +17,60 @@ import pytest
 from rds_fast.__main__ import main
 from rds_fast.experiments import recipes
 
+sys.path.insert(0, str(Path(__file__).parent / "training"))
+import image_files
+
 ROOT = Path(__file__).resolve().parents[1]
+
+Call = Callable[..., tuple[int, str, str]]
 
 # A C locale that Python takes at its word, where arguments are bytes, with the output of a redirected Windows console.
 ENVIRONMENT = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "cp1252"}
 # One process for all commands, since it takes seconds to start.
-COMMANDS = """
-import sys
+SCRIPT = """
+import json, sys
 from rds_fast.__main__ import main
-out, page = sys.argv[1:]
-tiny = "data=synthetic image_size=8 classes=3 train_size=24 model=cnn epochs=1 variant=density".split()
-def call(*words):
+for words in json.loads(sys.argv[1]):
     sys.argv = ["rds-fast", *words]
     try:
         main()
     except SystemExit as end:
         assert not end.code, (words, end.code)
-call("train", "block-mnist", *tiny, "--out", out, "--threads", "1")
-call("evaluate", out, "--split", "validation", "--metrics", "accuracy,pgd", "--steps", "1", "--threads", "1")
-call("compare", out, "--out", page)
-call("compare", out, "--csv")
-call("compare", out, "--markdown")
-call("recipes")
-call("doctor")
-call("sweep", "block-mnist", *tiny, "weight=1", "evaluation.steps=1", "--out", out + "-sweep", "--threads", "1")
 """
+
+
+def run_elsewhere(commands: list[list[str]]) -> bytes:
+    """What commands print in ENVIRONMENT; their words reach it as the bytes that they are here."""
+    words = json.dumps(commands, ensure_ascii=False)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **ENVIRONMENT}
+    process = subprocess.run([sys.executable, "-c", SCRIPT, words], env=environment, capture_output=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 def test_commands_print_what_can_be_printed_and_write_utf8(tmp_path: Path) -> None:
     for package in ("typer", "rich", "matplotlib", "safetensors"):
         pytest.importorskip(package, reason="needs the extra train")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **ENVIRONMENT}
     out, page = tmp_path / "läufe", tmp_path / "läufe.html"
-    command = [sys.executable, "-c", COMMANDS, str(out), str(page)]
-    process = subprocess.run(command, env=environment, capture_output=True, timeout=120)
-    assert process.returncode == 0, process.stderr
-    output = process.stdout.decode("cp1252")
-    assert "PGD L? 0.1" in output
-    assert "density ?? log p?" in output
+    tiny = ["data=synthetic", "image_size=8", "classes=3", "train_size=24", "model=cnn", "epochs=1", "variant=density"]
+    tiny += ["--threads", "1"]
+    commands = [
+        ["train", "block-mnist", *tiny, "--out", out],
+        ["evaluate", out, *["--split", "validation", "--metrics", "accuracy,pgd", "--steps", "1", "--threads", "1"]],
+        *(["compare", out, "--out", page], ["compare", out, "--csv"], ["compare", out, "--markdown"]),
+        *(["recipes"], ["doctor"]),
+        ["sweep", "block-mnist", *tiny, "weight=1", "evaluation.steps=1", "--out", tmp_path / "sweep"],
+    ]
+    output = run_elsewhere([[*map(str, command)] for command in commands]).decode("cp1252")
+    assert "PGD Linf 0.1 ^ |" in output
+    assert "density |grad log p|, lambda = 0.5" in output
     for path in (out / "evaluation.html", page, out / "config.json", out / "metrics.jsonl", out / "evaluation.json"):
         path.read_text(encoding="utf-8")
     assert f">{out}<" in page.read_text(encoding="utf-8")  # as its bytes are, whatever the locale calls them
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape", "xmlcharrefreplace"])
-def test_what_has_no_sign_is_replaced(errors: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_no_sign_is_printed_plainly(errors: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python opens standard output as the first or, in a C locale, as the second; a choice of the user's stays."""
     pytest.importorskip("typer", reason="needs the extra train")
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=errors)
@@ -67,9 +79,29 @@ def test_what_has_no_sign_is_replaced(errors: str, monkeypatch: pytest.MonkeyPat
     with pytest.raises(SystemExit) as end:
         main()
     assert not end.value.code
-    stream.flush()
-    expected = b"&#8711; log p" if errors == "xmlcharrefreplace" else b"density ?? log p?"
+    print("5 − 8 ± ħ", flush=True)
+    assert (b"5 - 8 +- ?" in stream.buffer.getvalue()) == (errors != "xmlcharrefreplace")
+    expected = b"&#8711; log p" if errors == "xmlcharrefreplace" else b"density |grad log p|"
     assert expected in stream.buffer.getvalue()
+
+
+def test_a_folder_is_found_in_another_locale(tmp_path: Path, call: Call) -> None:
+    """A run keeps the path and the classes of its images as one locale has them, and is evaluated in the other."""
+    for package in ("typer", "rich", "safetensors"):
+        pytest.importorskip(package, reason="needs the extra train")
+    if importlib.util.find_spec("torchvision") is None:  # importing it here would change what the command meets
+        pytest.skip("needs torchvision")
+    images = image_files.write(tmp_path / "bücher")
+    for split in ("train", "val"):
+        (images / split / "green").rename(images / split / "grün")
+    train = ("--data-root", images, "--data", "imagefolder", "--image-size", 16, "--model", "cnn", "--epochs", 1)
+    train += ("--batch-size", 4, "--workers", 0, "--threads", 1, "--quiet", "--out")
+    evaluate = ("--split", "validation", "--metrics", "accuracy", "--no-page", "--threads", 1)
+    assert call("train", *train, tmp_path / "here")[0] == 0
+    elsewhere = (("evaluate", tmp_path / "here", *evaluate), ("train", *train, tmp_path / "there"))
+    run_elsewhere([[*map(str, command)] for command in elsewhere])
+    code, _, errors = call("evaluate", tmp_path / "there", *evaluate)
+    assert code == 0, errors
 
 
 def test_every_text_file_is_opened_with_its_encoding() -> None:

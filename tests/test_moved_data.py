@@ -59,6 +59,16 @@ def test_a_relative_root_is_kept_as_what_it_meant(run: Path, call: Call) -> None
     assert code == 0, errors
 
 
+def test_what_was_downloaded_once_is_not_fetched_again(run: Path, call: Call) -> None:
+    """Else an evaluation on another machine would begin by fetching the data into a folder that is not even there."""
+    content = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    content["settings"]["download"] = True
+    (run / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    for words in (("evaluate", run, *EVALUATE, "--no-page"), ("train", "--out", run, "--resume")):
+        code, _, errors = call(*words)  # an imagefolder with --download is refused
+        assert code == 0, errors
+
+
 def test_data_that_moved_are_evaluated_and_compared(run: Path, call: Call, tmp_path: Path) -> None:
     moved = shutil.move(tmp_path / "images", tmp_path / "moved")
     code, _, errors = call("evaluate", run, *EVALUATE)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from rds_fast import reference
+from rds_fast import fast_double_backward, reference, use_backend
 
 
 def test_logsumexp_is_torchs_and_accumulates_16_bit_in_float32() -> None:
@@ -56,3 +58,68 @@ def test_gradient_norm_at_zero_coordinates_by_finite_differences(p: float) -> No
     step = torch.tensor([[h, 0.0, 0.0]], dtype=torch.float64)
     expected = (gradient(x + step)[0, 0] - gradient(x - step)[0, 0]) / (2 * h)
     torch.testing.assert_close(dx[0, 0], expected.detach(), rtol=1e-4, atol=2e-6)
+
+
+def _images(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    x = torch.randn(3, 4, 5, 2).to(dtype)
+    return {
+        "contiguous": x,
+        "channels-last": x.contiguous(memory_format=torch.channels_last),
+        "a view": torch.randn(4, 3, 5, 2).to(dtype).transpose(0, 1),
+        "no spatial dimension": torch.randn(6, 4).to(dtype),
+        "a sequence": torch.randn(3, 5, 4).to(dtype).transpose(1, 2),
+    }
+
+
+NORMS = {
+    "batch norm": lambda x, *p: F.batch_norm(x, *p, training=True, momentum=0.3),
+    "batch norm without statistics": lambda x, mean, var, *p: F.batch_norm(x, None, None, *p, training=True),
+    "group norm": lambda x, mean, var, *p: F.group_norm(x, 2, *p),
+    "instance norm": lambda x, *p: F.instance_norm(x, *p, momentum=0.3) if x.dim() > 2 else x,
+    "layer norm": lambda x, *p: F.layer_norm(x, x.shape[1:], eps=0.1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_are_torchs(name: str, dtype: torch.dtype) -> None:
+    """Values, dtypes, strides and running statistics."""
+    for kind, x in _images(dtype).items():
+        parameters = [torch.randn(4), torch.rand(4) + 0.5, torch.randn(4), torch.randn(4)]
+        results = []
+        for mode in (use_backend("reference"), nullcontext()):
+            copies = [t.clone() if dtype == torch.bfloat16 else t.to(dtype, copy=True) for t in parameters]
+            with mode, fast_double_backward() if results == [] else nullcontext():
+                y = NORMS[name](x.clone().requires_grad_(), *copies)
+            assert y.dtype == dtype
+            results.append([y, *copies[:2]])
+        assert results[0][0].stride() == results[1][0].stride(), kind
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", ["batch norm without statistics", "group norm", "instance norm", "layer norm"])
+def test_norms_inside_vmap(name: str) -> None:
+    batch, *parameters = torch.randn(3, 4, 2, 5, 2), torch.zeros(4), torch.ones(4), torch.randn(4), torch.randn(4)
+    if name == "instance norm":
+        parameters[:2] = None, None
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return NORMS[name](x, *parameters)
+
+    with fast_double_backward():
+        batched = torch.vmap(norm, in_dims=2)(batch)
+    torch.testing.assert_close(batched, torch.stack([norm(x) for x in batch.unbind(2)]))
+
+
+def test_running_statistics_inside_transformations() -> None:
+    """They are updated, as by PyTorch's own; vmap would have one update a sample, and raises its error."""
+    x, statistics = torch.randn(5, 3), (torch.zeros(3), torch.ones(3))
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        with fast_double_backward():
+            return F.batch_norm(x, *statistics, training=True).pow(3).sum()
+
+    torch.func.grad(loss)(x)
+    torch.testing.assert_close(statistics[0], 0.1 * x.mean(0))
+    with pytest.raises(RuntimeError, match="Batch norm got a batched tensor"):
+        torch.vmap(loss)(torch.stack([x, x]))

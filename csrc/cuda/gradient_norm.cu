@@ -11,8 +11,6 @@
 //
 // A row of zeros has derivative 0, but for Σ x² (p = k = 2), which is smooth: there dx = 2 g v. w is 0 where x is 0,
 // but for p = 2. nᵏ⁻² is applied as two factors, and x / n as two as well, so that nothing overflows on the way.
-#include <limits>
-
 #include "launch.cuh"
 #include "norm.cuh"
 
@@ -96,7 +94,9 @@ struct GradientNorm : RowOperation<T> {
   }
 };
 
-// What the derivatives know of a row. For p = 1 and ∞ the elements of u are ± unit where |x| >= least, and else 0.
+// What the derivatives know of a row. For p = 1 and ∞ the elements of u are ± unit where |x| >= least, and else 0:
+// least is the smallest number there is, or n. unit, of the row, is left out of the sums and multiplied in later, so
+// that it takes no register while the elements are gone through.
 template <typename A>
 struct NormScalars {
   A g, n, least, unit;
@@ -118,16 +118,16 @@ struct NormDerivative : RowOperation<T> {
   __device__ __forceinline__ Scalars scalars(int64_t r) const {
     const bool has_ties = norm.order() == NormOrder::infinity;
     const A n = has_ties ? saved[2 * r] : saved[r];
-    const A least = has_ties ? n : std::numeric_limits<A>::denorm_min();
+    const A least = has_ties ? n : A(sizeof(A) == 4 ? 0x1p-149 : 0x1p-1074);
     const A unit = has_ties ? A(1) / saved[2 * r + 1] : A(1);
     return {g[r], n, least, unit, DividedBy<A>(n)};
   }
 
-  // An element of u.
+  // An element of u / unit.
   __device__ __forceinline__ A gradient(const Scalars& row, A x) const {
     if constexpr (EUCLIDEAN) return row.quotient(x);
     const A size = magnitude(x);
-    A u = size >= row.least ? row.unit : A(0);
+    A u = size >= row.least ? A(1) : A(0);
     if (!norm.flat()) u = raise(row.quotient(size), norm.p - A(1));
     return copysign(u, x);
   }
@@ -144,7 +144,7 @@ struct GradientNormBackward : NormDerivative<T, EUCLIDEAN> {
   };
 
   __device__ __forceinline__ Coefficients coefficients(const Scalars& row, State) const {
-    return {row, row.g * first_factor(row.n, this->norm.k)};
+    return {row, row.g * first_factor(row.n, this->norm.k) * row.unit};
   }
   __device__ __forceinline__ A map(const Coefficients& c, A x, A, A) const {
     return c.factor * this->gradient(c.row, x);
@@ -177,7 +177,7 @@ struct GradientNormDoubleBackward : NormDerivative<T, EUCLIDEAN> {
   __device__ __forceinline__ void add(State& sum, State other) const { sum += other; }
 
   __device__ __forceinline__ void finish(int64_t r, const Scalars& row, State sum) const {
-    dg.store(r, first_factor(row.n, this->norm.k) * sum);
+    dg.store(r, first_factor(row.n, this->norm.k) * (row.unit * sum));
   }
 
   __device__ __forceinline__ Coefficients coefficients(const Scalars& row, State sum) const {
@@ -185,8 +185,8 @@ struct GradientNormDoubleBackward : NormDerivative<T, EUCLIDEAN> {
     const bool flat = this->norm.flat();
     if (EUCLIDEAN && k == A(2)) return {row, A(2), A(0), row.g, A(1)};  // dx = 2 g v, at a row of zeros too
     const A root = second_factor_root(row.n, k);
-    return {row, flat ? A(0) : k * (this->norm.p - A(1)), (flat ? k * (k - A(1)) : k * (k - this->norm.p)) * sum,
-            row.g * root, root};
+    return {row, flat ? A(0) : k * (this->norm.p - A(1)),
+            (flat ? k * (k - A(1)) : k * (k - this->norm.p)) * (row.unit * row.unit * sum), row.g * root, root};
   }
 
   __device__ __forceinline__ A map(const Coefficients& c, A x, A v, A) const {

@@ -14,7 +14,7 @@ namespace rds_fast::cuda {
 // of two inputs have 32 KB of loads under way.
 template <typename Op>
 constexpr int IN_FLIGHT = sizeof(typename Op::Element) == 8 ? 1
-                          : Op::READS_Q                     ? 2
+                          : Op::READS_Q || Op::ROLLED       ? 2
                                                             : UNROLL;
 
 template <typename Op>

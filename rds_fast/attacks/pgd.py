@@ -265,6 +265,11 @@ def _cross_entropy_of(model: Callable[[Tensor], Tensor], y: Tensor) -> Callable[
             raise TypeError(f"the model's logits are {logits.dtype}; pgd needs floating-point ones")
         if logits.dim() != 2 or logits.shape[0] != moved.shape[0]:
             raise ValueError(f"the model's logits have shape {tuple(logits.shape)}; pgd needs ({moved.shape[0]}, C)")
+        if logits.shape[1] == 1:
+            raise ValueError(
+                f"the model's logits have shape {tuple(logits.shape)}, one logit a sample, and the cross-entropy of a "
+                "softmax over one class is 0 everywhere; return two, such as torch.cat([torch.zeros_like(f), f], dim=1)"
+            )
         if lowest < 0 or highest >= logits.shape[1]:
             classes = f"classes 0 to {logits.shape[1] - 1}"
             raise ValueError(f"y holds labels from {lowest} to {highest}; the model has {classes}")

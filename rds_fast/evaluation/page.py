@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.checkpoints import write_atomically
+from ..training.names import readable
 from .columns import ARROWS, Column, best, crowded, topics
 from .summary import Figure
 
@@ -45,13 +46,8 @@ def page(title: str, lead: str, sections: Iterable[str]) -> str:
 
 
 def write(path: Path, content: str) -> None:
-    """Write a page as UTF-8, at once or not at all.
-
-    A path or a command line may hold bytes that are no text in the locale. Python keeps them as lone surrogates, which
-    UTF-8 has no bytes for: what is UTF-8 after all becomes readable again here, and the rest is replaced.
-    """
-    readable = content.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    write_atomically(path, readable.encode("utf-8"))
+    """Write a page as UTF-8, at once or not at all; what is no text in a path or a command line is replaced."""
+    write_atomically(path, readable(content).encode("utf-8", "replace"))
 
 
 def section(title: str, body: str) -> str:

@@ -35,18 +35,24 @@ def print_table(title: str, models: Models, settings: EvaluationSettings, captio
     if crowded(shown):
         table.add_column("figure", no_wrap=True)
         for label in rows:
-            table.add_column(label, justify="right")
+            table.add_column(printable(label), justify="right")
         for some in topics(shown).values():
             for column in some:
-                table.add_row(column.titled, *(cells[label][column.figure] for label in rows))
+                table.add_row(*map(printable, (column.titled, *(cells[label][column.figure] for label in rows))))
             table.add_section()
     else:
         table.add_column("model", no_wrap=True)
         for column in shown:
-            table.add_column(column.titled, justify="right")
+            table.add_column(printable(column.titled), justify="right")
         for label in rows:
-            table.add_row(label, *cells[label].values())
+            table.add_row(*map(printable, (label, *cells[label].values())))
     console().print(table)
+
+
+def printable(text: str) -> str:
+    """A text as standard output prints it, for a layout: a sign that it has not may become several."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, sys.stdout.errors or "replace").decode(encoding)
 
 
 def markdown(models: Models, settings: EvaluationSettings) -> str:

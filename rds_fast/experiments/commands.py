@@ -15,7 +15,7 @@ from ..evaluation.page import write
 from ..evaluation.report import spoken
 from ..evaluation.settings import FIELDS as EVALUATION_FIELDS
 from ..evaluation.settings import EvaluationSettings
-from ..evaluation.table import console, print_table
+from ..evaluation.table import console, print_table, printable
 from ..training.config import FIELDS, PLACE
 from ..training.extras import require
 from ..training.loop import TrainingInterrupted
@@ -188,7 +188,8 @@ def _print_sweep(record: Mapping[str, Any]) -> None:
             figures = ("diverged", "") if candidate is None else _percent(candidate.accuracy, candidate.measure)
             chosen = settings == choice["settings"]
             cells = (record["variants"][variant]["title"], _shown(settings), *figures)
-            table.add_row(*cells, _remark(choice) if chosen else "", style="bold" if chosen else None)
+            cells += (_remark(choice) if chosen else "",)
+            table.add_row(*map(printable, cells), style="bold" if chosen else None)
     console().print(table)
 
 

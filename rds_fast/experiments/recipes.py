@@ -154,6 +154,8 @@ def parse(name: str, content: str) -> Recipe:
     try:
         recipe = _recipe(name, tomllib.loads(content))
         _check(recipe)
+        evaluation = recipe.settings().to_settings()  # whose paths are absolute: a run keeps them
+        recipe = dataclasses.replace(recipe, evaluation={key: evaluation[key] for key in recipe.evaluation})
     except (ValueError, TypeError) as error:
         raise ValueError(f"recipe {name}: {error}") from error
     return recipe

@@ -172,8 +172,8 @@ def _activate(
 ) -> Tensor:
     """f(input) with our derivatives, or with PyTorch's where they are as good or ours do not serve.
 
-    ``function`` is PyTorch's operation, and ``plain`` the specification, if it is another; either overwrites its argument
-    if ``inplace``.
+    ``function`` is PyTorch's operation, and ``plain`` the specification, if it is another; either overwrites its
+    argument if ``inplace``.
     """
     if not records_gradient(input):
         return function(input)

@@ -280,8 +280,7 @@ def instance_norm(
     """Normalisation of each channel of each sample (Ulyanov, Vedaldi & Lempitsky 2016).
 
     The contract is ``torch.nn.functional.instance_norm``'s, errors included. Differentiable twice in reverse mode (a
-    third derivative raises); where no kernel runs, the plain formula does, which has all orders. ``use_input_stats=False``
-    is PyTorch's own.
+    third derivative raises); where no kernel runs, the plain formula does, which has all orders.
 
     Args:
         input: (N, C, ...); float64, float32, bfloat16 or float16. Copied if it is not contiguous.
@@ -297,11 +296,12 @@ def instance_norm(
         (input − mean) / sqrt(variance + ε) · weight + bias, contiguous, in the dtype of ``input``.
     """
     arguments = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    tracked = running_mean is not None
-    covered = use_input_stats and tracked == (running_var is not None) and isinstance(input, Tensor) and input.dim() >= 3
     # A single value a channel is an error, and one running statistic without the other too.
     if not (
-        covered
+        use_input_stats
+        and (running_mean is None) == (running_var is None)
+        and isinstance(input, Tensor)
+        and input.dim() >= 3
         and math.prod(input.shape[2:]) != 1
         and _is_covered(input, input.shape[1:2], weight, bias, running_mean, running_var)
     ):

@@ -127,8 +127,8 @@ def _is_unwatched(arguments: tuple[Any, ...]) -> bool:
 def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
     """Raise if an argument may have a tangent of forward mode, which a fused operation would drop without a word.
 
-    A forward inside forward mode runs the plain formula; what comes here is the backward of a forward before it. Of what
-    a transformation of ``torch.func`` wraps, nobody can tell whether it has a tangent.
+    A forward inside forward mode runs the plain formula; what comes here is the backward of a forward before it. Of a
+    tensor that a transformation of ``torch.func`` wraps, nobody can tell whether it has a tangent.
     """
     for argument in arguments:
         if isinstance(argument, Tensor) and (
@@ -136,8 +136,8 @@ def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
             or forward_ad.unpack_dual(argument).tangent is not None
         ):
             raise RuntimeError(
-                "a backward of rds_fast was given a tangent of forward mode, and the fused operations have none; run the "
-                "forward inside forward mode as well, or under rds_fast.use_backend('reference')"
+                "a backward of rds_fast was given a tangent of forward mode, which fused operations cannot carry on; "
+                "run the forward inside forward mode as well, or under rds_fast.use_backend('reference')"
             )
 
 
@@ -203,5 +203,5 @@ def third_derivative(operation: str) -> RuntimeError:
     """The error that ends the chain of derivatives."""
     return RuntimeError(
         f"the third derivative of {operation} was asked for, and the fused operation has two; "
-        "use rds_fast.use_backend('reference') for higher orders"
+        "run the forward under rds_fast.use_backend('reference') for higher orders"
     )

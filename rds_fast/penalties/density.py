@@ -23,7 +23,7 @@ from ..ops.gradient_norm import check_norm, gradient_norm
 from ..ops.inputs import check_number
 from ..ops.logsumexp import logsumexp, without_autocast
 from .checks import check_choice, check_input, refuse_normalised, refuse_one_logit
-from .inner_pass import RandomState, implementation, input_gradients, logits_of
+from .inner_pass import RandomState, implementation, logits_of
 from .shared import Penalty, SharedForward, penalties_of
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -45,8 +45,8 @@ def log_density(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: model, x or the logits are not as above.
-        ValueError: the model ends in log-softmax, so that the result would be 0 (recognised where gradients are
-            enabled and a parameter or x requires one).
+        ValueError: the model gives one logit, or ends in log-softmax, so that the result would be 0 (recognised where
+            gradients are enabled and a parameter or x requires one).
     """
     check_input(x)
     logits = logits_of(model, x)
@@ -154,8 +154,8 @@ class DensityPenalty(Penalty):
     Raises:
         TypeError: x is not a floating-point tensor, the model is not callable or does not return one tensor, or p,
             power or step_size is not a number (a tensor is none).
-        ValueError: an argument is out of range, the logits are not (N, C), the model ends in log-softmax, or x or
-            the logits are 16-bit with a finite difference.
+        ValueError: an argument is out of range, the logits are not (N, C), the model ends in log-softmax or gives one
+            logit (without a binary loss), or x or the logits are 16-bit with a finite difference.
         RuntimeError: gradients are disabled, there is no gradient path from x to the logits, the model is compiled
             (exact), or the penalty is inside a transformation of ``torch.func``, which it does not support.
     """
@@ -184,9 +184,7 @@ class DensityPenalty(Penalty):
             shared.run(derivatives=1)
             _refuse_coarse("the logits are", shared.logits.dtype)
             log_density = shared.log_density
-            norm, directions = self._dual_direction(
-                shared, input_gradients(log_density, shared.inputs, names=shared.names)
-            )
+            norm, directions = self._dual_direction(shared, shared.gradients_without_graph(log_density))
             # From the caller's x: if that needs no gradient, neither does the second forward's input.
             step_size = float(self.step_size)
             moved = [x + step_size * d for x, d in zip(shared.differentiated(), directions, strict=True)]

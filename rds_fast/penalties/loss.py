@@ -134,7 +134,7 @@ class PenalizedLoss:
             its range or stands beside a loss, or the loss takes the mean itself.
     """
 
-    penalty: Any
+    penalty: Penalty | Callable[[SharedForward], Tensor]
     weight: float | Schedule = 0.1
     every: int = field(default=1, kw_only=True)
     share: float = field(default=1.0, kw_only=True)

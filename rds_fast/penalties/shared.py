@@ -1,6 +1,6 @@
 """The forward that a penalty and its loss share, and what a penalty is: one method over it.
 
-    class Curvature(rds_fast.Penalty):
+    class Sensitivity(rds_fast.Penalty):
         def per_sample(self, shared):                       # -> (N,)
             return shared.gradient("target_logit").flatten(1).abs().sum(1)
 
@@ -60,10 +60,8 @@ class SharedForward:
         model: as it was given. A penalty that runs it again does so by ``logits_at``, which leaves its buffers alone.
         x: the inputs as they were given: a tensor, or a tuple or a dict of inputs.
         targets: the labels y; None where there are none.
-        inputs: aliases of the inputs that are differentiated, a tuple; the logits are computed from them.
+        inputs: x as the logits are computed from it, what is differentiated being an alias; as ``x`` otherwise.
     """
-
-    inputs: tuple[Tensor, ...]
 
     def __init__(
         self,
@@ -82,6 +80,7 @@ class SharedForward:
         self._keys, self._masks, self._loss, self._label_smoothing = keys, masks, loss, label_smoothing
         self._trains = trains
         self.mask_is_used = False
+        self._aliases: tuple[Tensor, ...] = ()
         self._inner_passes: dict[str, tuple[tuple[Tensor, ...], float]] = {}
 
     @staticmethod
@@ -95,7 +94,7 @@ class SharedForward:
             )
 
         shared = SharedForward(nothing, x, y)
-        shared.inputs = (x,)
+        shared._aliases = (x,)
         shared.__dict__["logits"] = logits
         return shared
 
@@ -111,8 +110,8 @@ class SharedForward:
             if derivatives == 2:
                 refuse_compiled(self.model)
             check_autograd()
-            self.inputs = tuple(map(differentiable_input, self.differentiated(), self.names))
-            x = self.with_inputs(self.inputs)
+            self._aliases = tuple(map(differentiable_input, self.differentiated(), self.names))
+            x = self.with_inputs(self._aliases)
         with fast_double_backward() if derivatives == 2 else nullcontext():
             logits = logits_of(self.model, x)
         if self._keys != (None,):
@@ -157,8 +156,13 @@ class SharedForward:
         logits: Tensor = self.__dict__["logits"]
         return logits
 
+    @property
+    def inputs(self) -> Any:
+        self.logits  # noqa: B018  # it makes them
+        return self.with_inputs(self._aliases) if self._aliases else self.x
+
     def logits_at(self, *inputs: Tensor) -> Tensor:
-        """The logits with these in the place of ``inputs``: another forward, which leaves the model's buffers alone."""
+        """The logits with these for the inputs that are differentiated: another forward, which leaves buffers alone."""
         with frozen_statistics(self.model):
             return logits_of(self.model, self.with_inputs(inputs))
 
@@ -216,11 +220,15 @@ class SharedForward:
         """The gradient of each sample with respect to x, of x's shape, differentiable; 0 where the mask leaves it out.
 
         ``of``: ``"cross_entropy"`` (of ``loss``), ``"target_logit"``, ``"log_density"``, or a tensor (N,) computed from
-        the logits. With a tuple or a dict as x, a tuple of the gradients of ``inputs``.
+        the logits. With a tuple or a dict as x, a dict of gradients, by the positions or names of the inputs.
         """
         gradients, cotangent = self._inner_pass(of)
         gradients = self.masked([g if cotangent == 1.0 else g.float() / cotangent for g in gradients])
-        return gradients[0] if self._keys == (None,) else gradients
+        return gradients[0] if self._keys == (None,) else dict(zip(self._keys, gradients, strict=True))
+
+    def gradients_without_graph(self, output: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of Σ output with respect to all inputs, as constants, and not masked."""
+        return input_gradients(output, self._aliases, names=self.names)
 
     def gradient_norm(
         self, of: str | Tensor, p: float = 2.0, power: float = 1, *, target: Sequence[Tensor] | None = None
@@ -239,17 +247,17 @@ class SharedForward:
         return norm if cotangent == 1.0 else norm * cotangent**-power
 
     def rows(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Gradients of ``inputs``, masked, as one tensor (N, ...) whose norm is theirs together."""
+        """The gradients of all inputs, masked, as one tensor (N, ...) whose norm is theirs together."""
         gradients = self.masked(gradients)
         return gradients[0] if len(gradients) == 1 else torch.cat([g.flatten(1) for g in gradients], 1)
 
     def masked(self, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Gradients of ``inputs``, 0 where the mask leaves them out, or times its factors."""
+        """The gradients of all inputs, 0 where the mask leaves them out, or times its factors."""
         self.mask_is_used = True
         if self._masks is None:
             return tuple(gradients)
         return tuple(
-            g if mask is None else torch.where(mask, g, 0.0) if mask.dtype == torch.bool else g * mask
+            g if mask is None else torch.where(mask, g, 0.0) if mask.dtype == torch.bool else g * mask.to(g.dtype)
             for g, mask in zip(gradients, self._masks, strict=True)
         )
 
@@ -258,9 +266,9 @@ class SharedForward:
         found = self._inner_passes.get(of) if isinstance(of, str) else None
         if found is None:
             output = self.output(of) if isinstance(of, str) else of
-            cotangent = cotangent_of(output, self.inputs)
+            cotangent = cotangent_of(output, self._aliases)
             found = (
-                input_gradients(output, self.inputs, cotangent=cotangent, create_graph=True, names=self.names),
+                input_gradients(output, self._aliases, cotangent=cotangent, create_graph=True, names=self.names),
                 cotangent,
             )
             if isinstance(of, str):
@@ -271,7 +279,8 @@ class SharedForward:
 class Penalty:
     """What penalties have in common: ``penalty(model, x, y)``, the mean of ``per_sample(shared)``, which each defines.
 
-    ``rds_fast.PenalizedLoss`` takes any object with that method, and any function of the shared forward alone.
+    ``rds_fast.PenalizedLoss`` takes any object with that method, and any function of the shared forward alone. A
+    penalty may be made of others, ``DensityPenalty().per_sample(shared) + ...``, from the same forward.
     """
 
     fast: bool = True

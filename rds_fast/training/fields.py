@@ -37,6 +37,10 @@ def setting(
 
 def absolute(path: str) -> str:
     """A path as what it means here and now, wherever it is read later. Links stay links, which may move."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:  # kept by a run in another locale, whose file system has the same bytes
+        path = os.fsdecode(path.encode("utf-8", "surrogateescape"))
     return os.path.abspath(os.path.expanduser(path))
 
 

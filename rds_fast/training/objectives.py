@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..penalties.adaptive import AccuracyBudget, PenaltyRatio
 from ..penalties.adversarial import AdversarialLoss
 from ..penalties.attribution import AttributionPenalty, RobustAttributionLoss
@@ -17,6 +16,7 @@ from ..penalties.density import DensityPenalty
 from ..penalties.group_dro import GroupDRO
 from ..penalties.inner_pass import implementation
 from ..penalties.input_gradient import InputGradientPenalty
+from ..penalties.integrated_gradients import cross_entropies_of
 from ..penalties.jacobian import JacobianPenalty
 from ..penalties.loss import LossTerms, PenalizedLoss, weighted_mean
 from ..penalties.matching import GradientMatchingPenalty
@@ -24,7 +24,7 @@ from ..penalties.schedules import Constant, Cosine, LinearWarmup, Schedule, Step
 from ..penalties.shared import Penalty
 from . import runs
 from .config import TrainingConfig
-from .data import Split
+from .data import Split, check_classes
 from .objective_settings import ADAPTIVE, PENALIZED, weights_of_classes
 
 Loss = Callable[..., LossTerms]
@@ -43,8 +43,7 @@ def cross_entropy(
     """The mean cross-entropy, and a penalty of 0; the step does not matter."""
     logits = model(x)
     with implementation(fast):
-        losses = cross_entropy_with_logsumexp(logits, y, label_smoothing=label_smoothing)[0]
-        loss = weighted_mean(losses, sample_weight)
+        loss = weighted_mean(cross_entropies_of(logits, y, label_smoothing), sample_weight)
     return LossTerms(loss, loss, torch.zeros_like(loss), logits)
 
 
@@ -70,19 +69,15 @@ class Objective:
 
     Raises:
         FileNotFoundError, ValueError: there is a teacher, and it is no finished run, or one for other data.
-        ValueError: the data have a single class, no groups where they are to be weighted, or another number of classes
-            than there are weights.
+        ValueError: the data have no groups where they are to be weighted, or another number of classes than there are
+            weights.
     """
 
     def __init__(
         self, config: TrainingConfig, steps_per_epoch: int, training: Split, device: torch.device | str = "cpu"
     ) -> None:
+        check_classes(config.data, training)
         classes = training.classes
-        if classes < 2:
-            raise ValueError(
-                f"the data {config.data} have {classes} class, which every model gets right; give data of two classes "
-                "at least, such as two folders"
-            )
         self._class_weights = _class_weights(config, training, device)
         self._groups = _groups(config, training)
         weighted = config.without_effect("weight") is None

@@ -27,6 +27,7 @@ from torch import nn
 from . import checkpoints, data, models
 from .checkpoints import TEMPORARY
 from .config import TrainingConfig
+from .names import readable
 from .processes import LOCK
 
 CONFIG = "config.json"
@@ -121,7 +122,7 @@ def keep_place(run_dir: Path, config: TrainingConfig) -> None:
 
 def _description(split: data.Split) -> dict[str, Any]:
     """What a run has to know of its training data beyond its settings."""
-    names = None if split.class_names is None else list(split.class_names)
+    names = None if split.class_names is None else list(map(readable, split.class_names))
     return {"samples": len(split), "classes": split.classes, "class_names": names}
 
 
@@ -158,9 +159,9 @@ def _content(run_dir: Path) -> dict[str, Any]:
 
 
 def _read(run_dir: Path) -> tuple[TrainingConfig, dict[str, Any]]:
-    """The settings of a run, and the description of its data."""
+    """The settings of a run, and the description of its data. What was downloaded once is not asked for again."""
     content = _content(run_dir)
-    return TrainingConfig.from_settings(content["settings"]), content["data"]
+    return TrainingConfig.from_settings(content["settings"] | {"download": False}), content["data"]
 
 
 def read_config(run_dir: Path) -> TrainingConfig:

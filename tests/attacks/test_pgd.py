@@ -275,6 +275,11 @@ class Undefined(nn.Module):
         ({"model": Detached()}, RuntimeError, "detached"),
         ({"model": Undefined(), "y": torch.tensor([0, 1])}, FloatingPointError, "not finite"),
         ({"model": nn.Flatten(0)}, ValueError, r"\(2, C\)"),
+        (
+            {"model": nn.Linear(3, 1)},
+            ValueError,
+            r"logits have shape \(2, 1\), one logit a sample, .*return two, such as",
+        ),
     ],
 )
 def test_wrong_input_is_named(change: dict[str, object], error: type[Exception], message: str) -> None:

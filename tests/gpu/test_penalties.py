@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rds_fast
 from rds_fast.penalties.density import DensityPenalty, density_penalty
+from rds_fast.penalties.group_dro import GroupDRO
 from rds_fast.penalties.input_gradient import InputGradientPenalty
-from rds_fast.penalties.loss import PenalizedLoss
+from rds_fast.penalties.loss import LossTerms, PenalizedLoss
+from rds_fast.penalties.losses import BinaryCrossEntropy
 from rds_fast.penalties.shared import SharedForward
 
 pytestmark = pytest.mark.gpu
@@ -152,6 +154,35 @@ def test_a_step_reads_no_device_value(name: str, dtype: torch.dtype, without_syn
         step()
         with pytest.raises(RuntimeError):  # the guard is up
             x.sum().item()
+
+
+def test_weights_and_masks_read_no_device_value(without_synchronisation: Context) -> None:
+    """Nor do group DRO, a binary loss, a share of the batch and several inputs; the values are the CPU's."""
+    model, (x, y) = network(), batch()
+    labels, groups, mask = nn.functional.one_hot(y, CLASSES).float(), y % 3, x > 0
+    criterion = PenalizedLoss(DensityPenalty(), 0.5)
+    binary = PenalizedLoss(InputGradientPenalty(), 0.5, loss=BinaryCrossEntropy(), share=0.5)
+    several = PenalizedLoss(DensityPenalty(), 0.5, loss=BinaryCrossEntropy(), with_respect_to="x")
+
+    def step(dro: GroupDRO, model: nn.Module, *tensors: Tensor) -> LossTerms:
+        x, y, labels, groups, mask = tensors
+        terms = criterion(model, x, y, mask=mask, sample_weight=dro(groups))
+        terms.total.backward()
+        dro.update(terms, y, groups)
+        binary(model, x, labels, sample_weight=dro(groups)).total.backward()
+        several(lambda x, other: model(x + other), {"x": x, "other": x}, labels).total.backward()
+        return terms
+
+    tensors = (x, y, labels, groups, mask)
+    expected_dro, ours_dro = GroupDRO([5, 3, 4], adjustment=1.0), GroupDRO([5, 3, 4], adjustment=1.0)
+    expected = step(expected_dro, copy.deepcopy(model).cpu(), *(tensor.cpu() for tensor in tensors))
+    step(GroupDRO([5, 3, 4]), copy.deepcopy(model), *tensors)  # compiles kernels and chooses algorithms, which may wait
+    torch.cuda.synchronize()
+    with without_synchronisation():
+        terms = step(ours_dro, model, *tensors)
+    for term, value in zip(terms[:3], expected[:3], strict=True):
+        torch.testing.assert_close(term.cpu(), value, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(ours_dro.weights.cpu(), expected_dro.weights, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("of", ["cross_entropy", "target_logit"])

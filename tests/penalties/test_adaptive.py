@@ -124,6 +124,15 @@ def stripes(generator: torch.Generator, noise: float) -> tuple[Tensor, Tensor]:
 PENALTY = InputGradientPenalty(of="target_logit", power=2)
 
 
+def test_the_step_is_needed_and_asked_for_before_anything_runs() -> None:
+    """A weight that adapts is a schedule, which only ignores the step."""
+    for weight in (PenaltyRatio(0.1), AccuracyBudget(0.9)):
+        with pytest.raises(
+            ValueError, match=r"weight is a schedule \(\w+\(.*step was not given; call loss\(model, x, y"
+        ):
+            PenalizedLoss(PENALTY, weight)(lambda x: 1 / 0, torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
+
+
 def train(loss: PenalizedLoss, steps: int, noise: float = 0.0) -> Tensor:
     """Cross-entropy, penalty, accuracy and weight of each step, (steps, 4), each step on new samples."""
     torch.manual_seed(0)

@@ -107,6 +107,12 @@ def test_right_for_the_right_reasons() -> None:
     assert_same_gradients(gradients(terms.penalty, model), gradients(truth, model))
 
 
+def test_a_mask_does_not_change_the_precision() -> None:
+    model, (x, y) = mlp(torch.float32), batch(torch.float32)
+    terms = PenalizedLoss(DensityPenalty())(model, x, y, mask=MASKS["factors"])
+    assert [term.dtype for term in terms] == [torch.float32] * 4
+
+
 def test_all_or_nothing() -> None:
     """A mask that is True everywhere changes no bit; nothing at all has penalty 0, with the gradient 0."""
     model, (x, y) = mlp(), batch()

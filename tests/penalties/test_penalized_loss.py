@@ -208,6 +208,25 @@ def test_bad_label_smoothing(value: Any, error: type[Exception], message: str) -
         PenalizedLoss(DensityPenalty(), label_smoothing=value)
 
 
+def test_penalties_may_be_made_of_others() -> None:
+    """From one forward; the finite difference, which runs it in its own way, must come first."""
+    model, (x, y) = cnn(training=True), batch()
+    fine = DensityPenalty(method="finite_difference")
+
+    def both(shared: SharedForward) -> Tensor:
+        return DensityPenalty().per_sample(shared) + 2 * InputGradientPenalty().per_sample(shared)
+
+    def in_the_wrong_order(shared: SharedForward) -> Tensor:
+        return DensityPenalty().per_sample(shared) + fine.per_sample(shared)
+
+    truth = references.eager_density(model, x) + 2 * references.eager_input_gradient(model, x, y, "cross_entropy")
+    torch.testing.assert_close(PenalizedLoss(both)(model, x, y).penalty, truth.mean())
+    with pytest.raises(
+        RuntimeError, match="the shared forward has run already; a penalty that needs its own kind must"
+    ):
+        PenalizedLoss(in_the_wrong_order)(model, x, y)
+
+
 def test_weights_and_schedules() -> None:
     model, (x, y) = NETWORKS["mlp"](), batch()
     loss = PenalizedLoss(DensityPenalty(), schedules.LinearWarmup(0.8, 4))
@@ -261,6 +280,9 @@ def test_a_penalty_of_ones_own(network: str) -> None:
     torch.testing.assert_close(terms.penalty, truth)
     torch.testing.assert_close(terms.total, loss.mean() + 0.5 * truth)
     shared = SharedForward(model, x, y)
+    assert torch.equal(shared.inputs, x)
+    (by_hand,) = torch.autograd.grad(shared.logits.sum(), shared.inputs, create_graph=True)
+    torch.testing.assert_close(shared.gradient(shared.logits.sum(1)), by_hand)
     assert all(getattr(shared, name) is getattr(shared, name) for name in ("logits", "loss", "log_density"))
     assert shared._inner_pass("log_density") is shared._inner_pass("log_density")
 

@@ -145,12 +145,19 @@ def test_other_penalties() -> None:
     torch.testing.assert_close(target, of_target.norm(dim=1).mean())
 
     def of_the_table(shared: SharedForward) -> Tensor:
-        image, table = shared.gradient("log_density")
-        assert image.shape == x["image"].shape
-        return table.square().sum(1)
+        gradients, table = shared.gradient("log_density"), "table" if isinstance(shared.x, dict) else 1
+        assert {name: gradient.shape for name, gradient in gradients.items()} == {
+            key: value.shape
+            for key, value in (x.items() if isinstance(shared.x, dict) else enumerate(x.values()))
+            if value.is_floating_point()
+        }
+        (by_hand,) = torch.autograd.grad(shared.log_density.sum(), shared.inputs[table], create_graph=True)
+        torch.testing.assert_close(by_hand, gradients[table])
+        return gradients[table].square().sum(1)
 
-    ours = PenalizedLoss(of_the_table)(model, x, y).penalty
-    torch.testing.assert_close(ours, eager(model, x, y, ["table"]).square().mean())
+    for given in (x, tuple(x.values())):
+        ours = PenalizedLoss(of_the_table)(model, given, y).penalty
+        torch.testing.assert_close(ours, eager(model, x, y, ["table"]).square().mean())
 
 
 def test_errors() -> None:

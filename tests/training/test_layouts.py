@@ -137,13 +137,13 @@ def test_one_class_is_refused_where_labels_count(tmp_path: Path) -> None:
             shutil.rmtree(root / split / name)
     with pytest.raises(
         ValueError,
-        match=r"data is 'imagefolder' and has one class, green; a classifier tells two or more apart, and of one every "
-        "answer is right: give a data root that holds train/CLASS and val/CLASS, .* of two or more",
+        match=r"the data imagefolder have 1 class \(green\), which every model gets right; give a data root that holds "
+        r"train/CLASS and val/CLASS, .* of two or more",
     ):
         load("imagefolder", root)
     reference = Images(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64))
     assert len(load_like(f"imagefolder={root}", reference, 2, 0)) == 2
-    with pytest.raises(ValueError, match=r"data is 'synthetic' and has one class, 0; .*: give classes of 2 or more"):
+    with pytest.raises(ValueError, match=r"the data synthetic have 1 class \(0\), .*; give classes of 2 or more"):
         data.load("synthetic", image_size=8, classes=1, train_size=8)
 
 

@@ -117,7 +117,7 @@ def test_scores_are_read_in_every_encoding(edited: str, tmp_path: Path) -> None:
         (b"file,score\ncat/1.jpg,1,2\n", r"holds 3 values in line 2\); expected 2"),
         (
             b'file,score\n"cat/1.jpg,1\ncat,2\n',
-            r"cannot be read in line 3 \(.*\)\); expected values in quotes that end",
+            r"it is no table in line 3 \(.*\)\); expected values whose quotes end",
         ),
         (b"file,score\ncat/1.jpg,\n", r"holds no score in line 2\); expected values of score"),
         (b"name,score\ncat,1\n", r"it has neither file nor index in line 2\); expected"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import data_files
 import pytest
 import torch
 from test_loop import interrupt_after, same, weights, without_time
@@ -150,9 +152,32 @@ def test_data_without_groups_and_wrong_weights(splits: Splits, tmp_path: Path) -
 
 def test_a_single_class_is_refused(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, classes=1)
-    with pytest.raises(ValueError, match="the data synthetic have 1 class, which every model gets right; give data of"):
+    with pytest.raises(ValueError, match=r"the data synthetic have 1 class \(0\), which every model gets right; give"):
         train(config, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["waterbirds", "celeba-hair"])
+def test_the_command_on_data_with_groups(name: str, tmp_path: Path, call: Callable[..., tuple[int, str, str]]) -> None:
+    pytest.importorskip("typer", reason="needs the extra train")
+    root = data_files.WRITERS[name](tmp_path / "data")
+
+    def trained(*options: str) -> tuple[int, str]:
+        settings = [f"data={name}", f"data_root={root}", "image_size=16", "model=cnn", "epochs=1", "batch_size=2"]
+        settings += ["workers=0", "threads=1", "device=cpu"]
+        status, _, errors = call("train", *settings, *options, "--out", tmp_path / "run", "--overwrite", "--quiet")
+        return status, errors
+
+    groups = ("--loss", "group-dro", "--group-step-size", "0.1", "--group-adjustment", "1")
+    assert trained(*groups) == (0, "")
+    assert runs.read_config(tmp_path / "run").loss == "group-dro"
+    assert trained("--class-weights", "balanced") == (0, "")
+    status, errors = trained(*groups, "--class-weights", "balanced")
+    assert status == 1
+    assert "leave one of the two out" in errors
+    status, errors = trained("--group-step-size", "0.1")
+    assert status == 1
+    assert "--group-step-size would have no effect: it belongs to loss group-dro, and loss is mean" in errors
 
 
 @pytest.mark.parametrize(

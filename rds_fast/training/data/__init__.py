@@ -16,7 +16,7 @@ from .augmentation import AUGMENTATIONS, NO_AUGMENTATION, Augmentation, named_au
 from .image_files import ImageFiles, image_files
 from .images import BLOCK, Batch, Images, Split, Splits, fingerprint, in_unit_interval
 from .randomness import epoch_order
-from .sources import Request, Source, few
+from .sources import Request, Source
 from .spuriosity import read_spuriosity
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Images",
     "Split",
     "Splits",
+    "check_classes",
     "check_root",
     "epoch_order",
     "fingerprint",
@@ -142,11 +143,17 @@ def load(
     check_root(name, root)
     folder = None if root is None else Path(root)
     splits = DATA_SETS[name].load(Request(name, folder, seed, image_size, classes, train_size, workers, download))
-    if labelled and splits.train.classes < 2:
+    if labelled:
+        check_classes(name, splits.train)
+    return splits
+
+
+def check_classes(name: str, split: Split) -> None:
+    """Raises ValueError where a data set is of one class, which every model gets right."""
+    if split.classes < 2:
         source = DATA_SETS[name].source
         remedy = "classes of 2 or more" if source is None else f"a data root that holds {source.holds}, of two or more"
         raise ValueError(
-            f"data is {name!r} and has one class, {few(list(splits.train.class_names or '0'))}; a classifier tells two "
-            f"or more apart, and of one every answer is right: give {remedy}"
+            f"the data {name} have {split.classes} class ({', '.join(split.class_names or '0')}), which every model "
+            f"gets right; give {remedy}"
         )
-    return splits

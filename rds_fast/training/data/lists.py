@@ -99,4 +99,4 @@ def _lines_of(content: str, delimiter: str, damaged: Damaged) -> Iterator[tuple[
             if any(stripped):
                 yield reader.line_num, stripped
     except csv.Error as error:
-        raise damaged(f"cannot be read in line {reader.line_num} ({error})", "values in quotes that end") from error
+        raise damaged(f"is no table in line {reader.line_num} ({error})", "values whose quotes end") from error
