@@ -185,8 +185,8 @@ void launch_reduce_map(const Device& device, const Op& op, const Rows<typename O
   const int64_t slot_bytes = 16 * Stash<Op>::slots_per_chunk(rows.q_wide);
   const int64_t available = device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - STATIC_BYTES;
   const int64_t capacity = std::min(chunks, available / slot_bytes);
-  launch(device, reduce_map_stashed<Op>, dim3(grid_size(rows.rows, 1)), STASH_BLOCK, capacity * slot_bytes, op, rows,
-         capacity);
+  launch(device, reduce_map_stashed<Op>, dim3(grid_size(rows.rows, 1)), STASH_BLOCK<Op>, capacity * slot_bytes, op,
+         rows, capacity);
 }
 
 // Runs an operation over the rows. `like`: any tensor on the device, for scratch memory.

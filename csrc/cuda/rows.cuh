@@ -56,8 +56,7 @@ struct RowOperation {
 constexpr int BLOCK = 256;        // threads of a block that shares a row
 constexpr int WARPS_BLOCK = 128;  // threads of a block whose warps, or groups of lanes, have a row each
 constexpr int GROUP = 8;          // lanes of a group: their loads together are a cache line
-constexpr int STASH_BLOCK = 512;
-constexpr int UNROLL = 4;  // chunks in flight a thread
+constexpr int UNROLL = 4;         // chunks in flight a thread
 
 // Threads of a block whose rows are handled by LANES threads each.
 template <int LANES>

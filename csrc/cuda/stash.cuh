@@ -10,6 +10,10 @@
 
 namespace rds_fast::cuda {
 
+// Threads of a block. 512 have 128 registers each, which the float64 powers of a ROLLED operation exceed on sm_120.
+template <typename Op>
+constexpr int STASH_BLOCK = Op::ROLLED && sizeof(typename Op::Element) == 8 ? 256 : 512;
+
 // Chunks in flight a thread: as many as do not spill on sm_100, the most demanding architecture. 512 threads with two
 // of two inputs have 32 KB of loads under way.
 template <typename Op>
@@ -60,15 +64,15 @@ __device__ __forceinline__ void accumulate_and_stash(const Op& op, typename Op::
                                                      const typename Op::Scalars& scalars,
                                                      const Rows<typename Op::Element>& rows, const Row<Op>& row,
                                                      const Stash<Op>& stash) {
-  for (int64_t base = threadIdx.x; base < row.body; base += STASH_BLOCK * IN_FLIGHT<Op>) {
+  for (int64_t base = threadIdx.x; base < row.body; base += STASH_BLOCK<Op> * IN_FLIGHT<Op>) {
     Chunk chunks[IN_FLIGHT<Op>];
-    load_chunks<Op, STASH_BLOCK>(rows, row, base, row.body, chunks);
+    load_chunks<Op, STASH_BLOCK<Op>>(rows, row, base, row.body, chunks);
 #pragma unroll
     for (int u = 0; u < IN_FLIGHT<Op>; ++u) {
-      const int64_t chunk = base + u * STASH_BLOCK;
+      const int64_t chunk = base + u * STASH_BLOCK<Op>;
       if (chunk < stash.chunks) stash.put(chunk, chunks[u]);
     }
-    accumulate_chunks<STASH_BLOCK>(op, state, scalars, rows, base, row.body, chunks);
+    accumulate_chunks<STASH_BLOCK<Op>>(op, state, scalars, rows, base, row.body, chunks);
   }
 }
 
@@ -76,22 +80,22 @@ template <typename Op>
 __device__ __forceinline__ void map_stashed(const Op& op, const typename Op::Coefficients& coefficients,
                                             const Rows<typename Op::Element>& rows, const Row<Op>& row,
                                             const Stash<Op>& stash) {
-  for (int64_t base = threadIdx.x; base < row.body; base += STASH_BLOCK * IN_FLIGHT<Op>) {
+  for (int64_t base = threadIdx.x; base < row.body; base += STASH_BLOCK<Op> * IN_FLIGHT<Op>) {
     Chunk chunks[IN_FLIGHT<Op>];
-    if (stash.chunks < row.body && base + (IN_FLIGHT<Op> - 1) * STASH_BLOCK >= stash.chunks) {  // not all fitted
-      load_chunks<Op, STASH_BLOCK>(rows, row, base, row.body, chunks);
+    if (stash.chunks < row.body && base + (IN_FLIGHT<Op> - 1) * STASH_BLOCK<Op> >= stash.chunks) {  // not all fitted
+      load_chunks<Op, STASH_BLOCK<Op>>(rows, row, base, row.body, chunks);
     }
 #pragma unroll
     for (int u = 0; u < IN_FLIGHT<Op>; ++u) {
-      const int64_t chunk = base + u * STASH_BLOCK;
+      const int64_t chunk = base + u * STASH_BLOCK<Op>;
       if (chunk < stash.chunks) chunks[u] = stash.take(chunk);
     }
-    map_chunks<STASH_BLOCK>(op, coefficients, rows, row, base, row.body, chunks);
+    map_chunks<STASH_BLOCK<Op>>(op, coefficients, rows, row, base, row.body, chunks);
   }
 }
 
 template <typename Op>
-__global__ void __launch_bounds__(STASH_BLOCK, 1)
+__global__ void __launch_bounds__(STASH_BLOCK<Op>, 1)
     reduce_map_stashed(Op op, Rows<typename Op::Element> rows, int64_t capacity) {
   for (int64_t r = blockIdx.x; r < rows.rows; r += gridDim.x) {
     const Row<Op> row(rows, r);
@@ -100,14 +104,14 @@ __global__ void __launch_bounds__(STASH_BLOCK, 1)
     const auto scalars = op.scalars(r);
     auto state = op.identity();
     accumulate_and_stash(op, state, scalars, rows, row, stash);
-    Values<typename Op::A, 1> edges[EDGES<Op, STASH_BLOCK>];
-    load_edges<STASH_BLOCK>(rows, row, threadIdx.x, edges);
-    accumulate_edges<STASH_BLOCK>(op, state, scalars, row, threadIdx.x, edges);
-    merge_threads<STASH_BLOCK>(op, state);
+    Values<typename Op::A, 1> edges[EDGES<Op, STASH_BLOCK<Op>>];
+    load_edges<STASH_BLOCK<Op>>(rows, row, threadIdx.x, edges);
+    accumulate_edges<STASH_BLOCK<Op>>(op, state, scalars, row, threadIdx.x, edges);
+    merge_threads<STASH_BLOCK<Op>>(op, state);
     if (threadIdx.x == 0) op.finish(r, scalars, state);
     const auto coefficients = op.coefficients(scalars, state);
     map_stashed(op, coefficients, rows, row, stash);
-    map_edges<STASH_BLOCK>(op, coefficients, row, threadIdx.x, edges);
+    map_edges<STASH_BLOCK<Op>>(op, coefficients, row, threadIdx.x, edges);
   }
 }
 
