@@ -17,6 +17,7 @@ from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..backends import use_backend
+from ..compilation import modules_of
 from ..double_backward import fast_double_backward
 from ..ops.logsumexp import autocast_enabled, without_autocast
 from .checks import (
@@ -137,8 +138,7 @@ def frozen_statistics(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
     nothing. Other modules that are training get copies of their buffers, and the originals back afterwards: copying
     values back would spoil the graph of a forward that read them.
     """
-    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    training: list[Any] = [module for module in modules if is_training(module) and module._buffers]
+    training = [module for module in modules_of(model) if is_training(module) and module._buffers]
     tracking = [m for m in training if _is_batch_norm(m) and m.track_running_stats]
     buffers = [(m, m._buffers) for m in training if not _is_batch_norm(m) and not isinstance(m, ScriptModule)]
     scripted = [(m, dict(m._buffers.items())) for m in training if isinstance(m, ScriptModule)]
@@ -183,7 +183,7 @@ def samples_interact(model: Callable[[Tensor], Tensor]) -> bool:
     return any(
         (is_training(module) and any(buffer is not None for buffer in module._buffers.values()))
         or (isinstance(module, _BatchNorm) and module.running_mean is None)
-        for module in model.modules()
+        for module in modules_of(model)
     )
 
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from ..compilation import modules_of
 from ..ops.gradient_norm import check_norm
 from .checks import check_choice, check_model
 from .inner_pass import cotangent_of, differentiable_input, forward, input_gradients, is_training
@@ -86,8 +86,7 @@ class GradientMatchingPenalty(Penalty):
 @contextmanager
 def _in_eval_mode(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """A module's modules in eval mode inside, and each as it was afterwards."""
-    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    training = [module for module in modules if is_training(module)]
+    training = [module for module in modules_of(model) if is_training(module)]
     try:
         for module in training:
             module.training = False
