@@ -48,9 +48,12 @@ class fast_double_backward(TorchFunctionMode):
         penalty = gradient.square().flatten(1).sum(1).mean()
     """
 
+    _in_distributed_use = False
+
     @uncompiled_alone
     def __enter__(self) -> Any:
         pause_compiling()
+        self._in_distributed_use = in_use()  # asked once, since it takes as long as a small layer
         return super().__enter__()
 
     @uncompiled_alone
@@ -62,7 +65,7 @@ class fast_double_backward(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if in_use():
+        if self._in_distributed_use:
             refuse_freed_weights((*args, *kwargs.values()))
         replacement = replacement_of(func)
         if replacement is None and not _is_functional(func):  # nearly all calls: the attributes of tensors among them
@@ -72,8 +75,11 @@ class fast_double_backward(TorchFunctionMode):
         if not (differentiated and PLAIN_TENSORS.issuperset(types)):
             return func(*args, **kwargs)
         if replacement is None:
-            with self:
+            super().__enter__()  # of what ours does, nothing is to be done twice
+            try:
                 return _transparent(func)(*args, **kwargs)
+            finally:
+                super().__exit__(None, None, None)
         # autograd has no part in what is written to an ``out``, and NumPy's names of an input are PyTorch's alone
         if not _PYTORCHS_ALONE.isdisjoint(kwargs) or _is_checkpointed():
             return func(*args, **kwargs)
