@@ -1,19 +1,17 @@
-"""What a training step costs the host: the calls of Python functions in it, and its time where the device has none.
+"""The calls of Python functions in a training step: what it costs the host, on every machine the same.
 
-    python bench/host.py                                   # torchvision's ResNet-18 at 32² x 32
-    python bench/host.py --model resnet50 --rounds 5
+    python bench/host.py                                   # ResNet-18 at 64² x 2
+    python bench/host.py --model resnet50 --image-size 224
 
-Where the batch is small a GPU waits for the host, which launches its kernels one by one. Calls are counted by
-``sys.setprofile`` on the CPU: of Python's functions, not of C's, and the same on every machine. The time is that of a
-step on the meta device, where nothing is computed: the host's part alone, but with that device's computation of shapes
-in Python, which a GPU does not have. So the ratios say more than the milliseconds.
+Where the batch is small a GPU waits for the host, which launches its kernels one by one, and most of the host's time
+goes into Python. Counted by ``sys.setprofile`` in a step on the CPU: calls of Python's functions, not of C's. The size
+of the batch does not matter.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,53 +43,41 @@ def python_calls(function: Callable[[], Any]) -> int:
     return count
 
 
-def step(case: Case, provider: str, device: torch.device) -> Callable[[], None]:
-    """One step, warm: what is computed once, such as the choice of a backend, is over."""
-    loss, batch = LOSSES[provider](case.network(device)), case.batch(device)
+def calls_of_a_step(case: Case, provider: str) -> int:
+    """Those of the second step: what is found once, such as the choice of a backend, is over."""
+    cpu = torch.device("cpu")
+    loss, batch = LOSSES[provider](case.network(cpu)), case.batch(cpu)
 
-    def run() -> None:
+    def step() -> None:
         loss(*batch).backward()
 
-    run()
-    return run
+    step()
+    return python_calls(step)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--image-size", type=int, default=64, help="above 64 pixels torchvision's models are taken")
+    parser.add_argument("--model", default="resnet18", help="one of rds_fast's or torchvision's models, by its name")
+    parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds of the timing; 0: count calls alone")
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=LOSSES)
     arguments = parser.parse_args()
-    case = Case(arguments.model, arguments.image_size, arguments.batch_size, channels_last=True)
-    cpu, meta = torch.device("cpu"), torch.device("meta")
-    results = Results("host", cpu)
-    calls = {provider: python_calls(step(case, provider, cpu)) for provider in arguments.providers}
-    steps = {provider: step(case, provider, meta) for provider in arguments.providers}
-    times: dict[str, list[float]] = {provider: [] for provider in steps}
-    for _ in range(arguments.rounds):
-        for provider, run in steps.items():
-            start = time.perf_counter()
-            run()
-            times[provider].append(time.perf_counter() - start)
+    case = Case(arguments.model, arguments.image_size, arguments.batch_size)
+    results = Results("host", torch.device("cpu"))
     print(f"{case.size}, torch {torch.__version__}")
-    for provider, count in calls.items():
-        rows = [("python_calls", "1", [float(count)])]
-        rows += [("host_time", "s", times[provider])] if arguments.rounds else []
-        for metric, unit, values in rows:
-            results.append(
-                numpy.array(values),
-                operation="training_step",
-                provider=provider,
-                mode=case.mode,
-                metric=metric,
-                unit=unit,
-                size=case.size,
-                dtype=case.precision,
-            )
-        median = f"{1e3 * numpy.median(times[provider]):8.1f} ms of the host" if arguments.rounds else ""
-        print(f"{provider:20}{count:8} calls{median}")
+    for provider in arguments.providers:
+        count = calls_of_a_step(case, provider)
+        print(f"{provider:20}{count:8} calls")
+        results.append(
+            numpy.array([float(count)]),
+            operation="training_step",
+            provider=provider,
+            mode=case.mode,
+            metric="python_calls",
+            unit="1",
+            size=case.size,
+            dtype=case.precision,
+        )
     print(f"appended to {results.path}")
 
 

@@ -280,16 +280,13 @@ class ChainDoubleBackward(Function):
             if rest is None:
                 g, du = u, t
             elif u is not None:
-                given = (
-                    t,
-                    cotangents[norm_weight],
-                    cotangents[norm_bias],
-                    cotangents[chain.residual] if is_last else None,
-                )
-                if given != (None,) * 4:
+                a, b = cotangents[norm_weight], cotangents[norm_bias]
+                of_residual = cotangents[chain.residual] if is_last else None
+                if not (t is a is b is of_residual is None):
                     affine = tensors[norm_weight], tensors[norm_bias], kept.means[number], kept.variances[number]
+                    z = kept.z if is_last else None
                     du, of_ys[number], derivatives[norm_weight], g = rest.double_backward(
-                        given, u, kept.ys[number], kept.z if is_last else None, *affine, wants_g
+                        (t, a, b, of_residual), u, kept.ys[number], z, *affine, wants_g
                     )
             if dys[number] is not None:
                 of_dys[number] = t
