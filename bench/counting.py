@@ -178,12 +178,14 @@ def _as_on_a_device(operation: Any, args: tuple[Any, ...], results: Any) -> Any:
 class Traffic(TorchDispatchMode):
     """Counts the operations inside its ``with`` block and watches the storages that they create.
 
-    calls: (name in full, count) of each operation, in their order.
+    calls: (name in full, count) of each operation, in their order. peak: the most bytes of storages created inside that
+    were alive after an operation.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, Count]] = []
+        self.peak = 0
         self._storages: dict[StorageWeakRef, int] = {}
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -207,6 +209,8 @@ class Traffic(TorchDispatchMode):
             if _storage(result) not in known:
                 storage = result.untyped_storage()
                 self._storages[StorageWeakRef(storage)] = storage.nbytes()
+        self._storages = {ref: size for ref, size in self._storages.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(self._storages.values()))
 
     @property
     def total(self) -> Count:

@@ -8,7 +8,7 @@ Nothing runs, so the figures are the same on every machine. The rules of countin
 network and its input are bfloat16 throughout (with ``--float32-norms`` but for the parameters and buffers of batch
 norm, as mixed precision keeps them), in train mode, channels-last; the step is forward, penalty and backward,
 without the optimiser. Saved bytes are the storages alive when the loss is there and its backward is not yet called,
-that the step created: not parameters, buffers, the input or the loss.
+that the step created: not parameters, buffers, the input or the loss. The peak is the most of them at any time.
 
 The floor is the time that a device of nominal figures needs at least: for each operation alone its bytes at the full
 bandwidth or its FLOPs at the full rate of dense bfloat16, whichever is longer. No device reaches them.
@@ -56,6 +56,7 @@ METRICS: dict[str, tuple[str, Callable[[Step], float]]] = {
     "operations": ("1", lambda step: step.count.operations),
     "launches": ("1", lambda step: step.count.launches),
     "saved_bytes": ("B", lambda step: step.saved),
+    "peak_bytes": ("B", lambda step: step.traffic.peak),
 }
 
 
@@ -116,13 +117,15 @@ def print_steps(steps: dict[str, Step], device_name: str) -> None:
     def cell(value: float, stock_value: float | None, form: str) -> str:
         return f"{value:{form}}" + (f" ({value / stock_value:5.2f}x)" if stock_value else "")
 
-    names = ("TFLOP", "GB moved", "operations", "launches", "GB saved", f"ms floor {device_name}")
+    names = ("TFLOP", "GB moved", "operations", "launches", "GB saved", "GB at the peak", f"ms floor {device_name}")
     print(f"{'':20}" + "".join(f"{name:>18}" for name in names))
     for provider, step in steps.items():
         figures = [
             cell(metric(step) * scale, stock and metric(stock) * scale, form)
             for (_, metric), (scale, form) in zip(
-                METRICS.values(), [(1e-12, ".2f"), (1e-9, ".1f"), (1, ".0f"), (1, ".0f"), (1e-9, ".2f")], strict=True
+                METRICS.values(),
+                [(1e-12, ".2f"), (1e-9, ".1f"), (1, ".0f"), (1, ".0f"), (1e-9, ".2f"), (1e-9, ".2f")],
+                strict=True,
             )
         ]
         figures.append(cell(step.floor(device) * 1e3, stock and stock.floor(device) * 1e3, ".1f"))

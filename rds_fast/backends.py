@@ -183,9 +183,10 @@ def in_transformation() -> bool:
 def select_for_layer(x: Tensor, *, has_kernels: bool = True) -> str:
     """As ``select``, for an operation of a network's layers: native kernels on CPU, Triton on GPUs.
 
-    Inside a transformation of ``torch.func`` it is the reference too: these operations have no batching rules.
+    Inside a transformation of ``torch.func`` it is the reference too: these operations have no batching rules. So it is
+    under ``torch.jit.trace``, which records PyTorch's own operations.
     """
-    if in_transformation():
+    if in_transformation() or torch._C._get_tracing_state() is not None:
         return "reference"
     return select(x, native_on=LAYERS_NATIVE_ON, has_kernels=has_kernels)
 

@@ -1,4 +1,4 @@
-"""``fuse``: batch norm, the addition and the ReLU that follow it, as single operations."""
+"""``fuse``: runs of convolution, batch norm, addition and ReLU as single operations, chains."""
 
 from .fusion import FusionReport, LayerReport, fuse, fusion_report
 

@@ -11,28 +11,28 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..compilation import compiled_part
 from .modules import FusedForward
-from .patterns import Fusion, Left
 from .planning import Plan, why_not_plain
 
 
 def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Batch norm → ReLU, batch norm → add → ReLU and batch norm → add as single operations, at every order.
+    """Runs of convolution or linear map → batch norm → addition → ReLU, each of which may be missing, as chains.
 
-    The fused operation reads and writes less: the normalised tensor is never stored, and the ReLU's mask is recomputed.
-    Under ``fast_double_backward`` a convolution that follows keeps no copy of its result, which is computed again.
-    Values, gradients, second derivatives and running statistics are the model's own, also those with respect to what
-    hooks or feature extractors capture between its layers; third derivatives raise.
+    A chain is one operation at every order. For the backward passes it keeps what convolutions and linear maps write,
+    and computes again what batch norm and ReLU write. Values, gradients, second derivatives and running statistics are
+    the model's own, also those with respect to what hooks or feature extractors capture between its layers, which are
+    then called one by one; third derivatives raise.
 
     Every module keeps its place, its parameters and buffers, and its meaning: the state dict is the same, and a layer
-    called on its own does what it did. What changes is the forward of the modules that call the batch norms (a residual
-    block, a Sequential), which torch.fx traces one at a time. What cannot be traced, or watches its layers by hooks, is
-    left as it is; ``fusion_report`` says why. What a forward reads is fixed when it is traced. If the module's own
-    attributes or submodules change later, the original forward runs; call ``fuse`` again to have it fused anew. Not
-    noticed is what lies deeper: the contents of a list, dict or ModuleList, an attribute of a child that the parent's
-    forward reads, a global.
+    called on its own does what it did. What changes is the forward of the modules that call layers (a residual block, a
+    Sequential), which torch.fx traces one at a time; a chain never leaves it. What cannot be traced, or watches its
+    layers by hooks, is left as it is; ``fusion_report`` says why. What a forward reads is fixed when it is traced. If
+    the module's own attributes or submodules change later, the original forward runs; call ``fuse`` again to have it
+    fused anew. Not noticed is what lies deeper: the contents of a list, dict or ModuleList, an attribute of a child
+    that the parent's forward reads, a global.
 
     Of two batch norms that are added (a residual block with a projection) one takes the addition in: the one called by
-    the block itself before one at the end of a Sequential, else the one computed last.
+    the block itself before one at the end of a Sequential, else the one computed last. The other branch is computed
+    before the whole chain then.
 
     Args:
         model: any module. A model that is fused already stays so.
@@ -55,8 +55,8 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 class LayerReport:
     """One batch norm.
 
-    name: its path. fusions: what it is fused with, ``"batch norm → ReLU"`` for example, mostly one; more where it is
-    called in several places, and none where it is left. reason: why it, or one of its calls, is left; else empty.
+    name: its path. fusions: its stage of a chain, such as ``"convolution → batch norm → ReLU"``; mostly one, more where
+    it is called in several places, and none where it is left. reason: why it, or one of its calls, is left; else empty.
     done: whether it is fused now; False: ``fuse`` would do so.
     """
 
@@ -119,10 +119,14 @@ def _layer(plan: Plan, path: str, module: _BatchNorm) -> LayerReport:
     reason = why_not_plain(module)
     if reason is not None:
         return LayerReport(path, (), reason, False)
-    resolved = plan.resolve(module)
-    fusions = dict.fromkeys(str(outcome) for _, outcome in resolved if isinstance(outcome, Fusion))
-    reasons = dict.fromkeys(outcome.reason for _, outcome in resolved if isinstance(outcome, Left))
-    callers = [caller for caller, outcome in resolved if isinstance(outcome, Fusion)]
+    calls = plan.calls[module]
+    fusions = dict.fromkeys(call.run.around(module) for call in calls if call.run is not None)
+    reasons = (
+        dict.fromkeys(call.reason for call in calls if call.run is None)
+        if calls
+        else {plan.why_not_called(module): None}
+    )
+    callers = [call.caller for call in calls if call.run is not None]
     done = bool(callers) and all(isinstance(caller, FusedForward) and not caller.is_outdated() for caller in callers)
     return LayerReport(path, tuple(fusions), "; ".join(reasons), done)
 

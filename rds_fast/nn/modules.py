@@ -1,9 +1,9 @@
-"""The modules of a fused model: batch norms that take in what follows them, and modules that hand it to them.
+"""The modules of a fused model whose forward calls chains.
 
-A fused model has the same module objects at the same paths as the plain one, and each means what it meant: a fused
-batch norm called on its own is a batch norm, and a ReLU stays where it was. What changes is the ``forward`` of the
-modules that call them, which is generated from a trace of the original. Wherever a module sees that a condition under
-which it was traced does not hold, the original ``forward`` runs: it is still there, and it is always right.
+A fused model has the same module objects at the same paths as the plain one, and every layer is what it was. What
+changes is the ``forward`` of the modules that call layers, which is generated from a trace of the original. Wherever a
+module sees that a condition under which it was traced does not hold, the original ``forward`` runs: it is still there,
+and it is always right.
 """
 
 from __future__ import annotations
@@ -14,42 +14,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..ops.aliases import offers
-from ..ops.batch_norm import batch_norm
-from ..ops.recompute import recipes
-
-
-class Epilogue(NamedTuple):
-    """What follows a batch norm: ``+ residual``, in place or not, then ReLU, a module or True; each may be missing."""
-
-    residual: Tensor | None = None
-    in_place: bool = False
-    relu: nn.Module | bool = False
-
-    def apply(self, output: Any) -> Any:
-        """The plain composition."""
-        if self.residual is not None and self.in_place:
-            output += self.residual  # as the model had it: the sum has output's shape and dtype, or it is an error
-        elif self.residual is not None:
-            output = output + self.residual
-        if isinstance(self.relu, nn.Module):
-            return self.relu(output)  # in place or not: whoever holds output sees it
-        return torch.relu(output) if self.relu else output
-
-
-def _takes(epilogue: Epilogue, input: Tensor) -> bool:
-    """Whether the fused operation computes the same: no broadcasting, no promotion."""
-    residual = epilogue.residual
-    return residual is None or (
-        isinstance(residual, Tensor)
-        and residual.shape == input.shape
-        and residual.dtype == input.dtype
-        and residual.device == input.device
-    )
+from .layers import is_watched
 
 
 def _refuse_scripting(module: nn.Module) -> nn.Module:
@@ -61,60 +29,6 @@ def _refuse_scripting(module: nn.Module) -> nn.Module:
     )
 
 
-class FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm, with the addition and the ReLU that follow it in one operation where a caller hands them over."""
-
-    __prepare_scriptable__ = _refuse_scripting
-
-    def forward(self, input: Tensor, epilogue: Epilogue | None = None) -> Tensor:
-        if epilogue is None:
-            return super().forward(input)
-        if not _takes(epilogue, input):
-            return epilogue.apply(super().forward(input))
-        self._check_input_dim(input)
-        tracked = not self.training or self.track_running_stats
-        return batch_norm(
-            input,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
-            self.weight,
-            self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
-            self._share_of_the_batch(),
-            self.eps,
-            residual=epilogue.residual,
-            relu=epilogue.relu is not False,
-            recomputable=torch._C._len_torch_function_stack() > 0,  # without a mode no convolution would ask for it
-        )
-
-    def _share_of_the_batch(self) -> float:
-        """The factor of the running statistics' update, after counting the batch; momentum None: a plain average."""
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                return 1.0 / float(self.num_batches_tracked)
-        return 0.0 if self.momentum is None else self.momentum
-
-
-class FusedBatchNorm1d(FusedBatchNorm, nn.BatchNorm1d):
-    pass
-
-
-class FusedBatchNorm2d(FusedBatchNorm, nn.BatchNorm2d):
-    pass
-
-
-class FusedBatchNorm3d(FusedBatchNorm, nn.BatchNorm3d):
-    pass
-
-
-FUSED: dict[type[nn.Module], type[FusedBatchNorm]] = {
-    nn.BatchNorm1d: FusedBatchNorm1d,
-    nn.BatchNorm2d: FusedBatchNorm2d,
-    nn.BatchNorm3d: FusedBatchNorm3d,
-}
-
-
 class Variant(NamedTuple):
     """The generated forward for one training flag and one type of arguments, as source and the globals it names."""
 
@@ -124,18 +38,20 @@ class Variant(NamedTuple):
     globals: tuple[tuple[str, Any], ...]
 
 
-class Blueprint(NamedTuple):
-    """All that a generated forward is made of, and the number of arguments and the submodules it was traced with.
+class Seen(NamedTuple):
+    """A module that a trace looked into: its path (empty for the traced module itself), class and submodules."""
 
-    result, receivers: what the trace shows of who sees the argument and the result, see ``privacy``.
-    """
+    path: str
+    kind: type[nn.Module]
+    children: tuple[str, ...]
+
+
+class Blueprint(NamedTuple):
+    """All that a generated forward is made of: its number of arguments, and what it was traced with."""
 
     variants: tuple[Variant, ...]
     arity: int
-    children: tuple[str, ...]
-    ends_in_batch_norm: bool
-    result: str | None
-    receivers: tuple[str, ...] | None
+    seen: tuple[Seen, ...]
 
 
 class _Import(NamedTuple):
@@ -160,14 +76,27 @@ class FusedForward(nn.Module):
 
     def _generated(self, args: tuple[Any, ...]) -> Callable[..., Any] | None:
         """The forward that was traced under what holds now; None where there is none."""
-        if len(args) != self.blueprint.arity or self.is_outdated() or global_hooks():
+        if len(args) != self.blueprint.arity or _has_any_global_hook() or self.is_outdated():
             return None
         kinds = {Tensor if isinstance(argument, Tensor) else type(argument) for argument in args}
         return self.functions.get((self.training, kinds.pop())) if len(kinds) == 1 else None
 
     def is_outdated(self) -> bool:
-        """Whether submodules were added, removed or moved since the trace. Replaced ones are looked up by name."""
-        return tuple(self._modules) != self.blueprint.children
+        """Whether submodules were added, removed or moved since the trace, or what it looked into is watched now.
+
+        Replaced layers are looked up by name.
+        """
+        for path, kind, children in self.blueprint.seen:
+            module: Any = self
+            for name in path.split(".") if path else ():
+                module = module._modules.get(name)
+                if module is None:
+                    return True
+            if tuple(module._modules) != children:
+                return True
+            if path and (original_class(module) is not kind or is_watched(module)):
+                return True
+        return False
 
     def __setattr__(self, name: str, value: Any) -> None:
         outdated = _may_steer(self, name)
@@ -217,15 +146,9 @@ def _dispatching(original: type[nn.Module]) -> Callable[..., Any]:
     """The forward of a fused class. It shows the original's signature, which tracers and wrappers read."""
 
     @functools.wraps(original.forward)
-    def forward(self: FusedForward, *args: Any, epilogue: Epilogue | None = None, **kwargs: Any) -> Any:
+    def forward(self: FusedForward, *args: Any, **kwargs: Any) -> Any:
         function = None if kwargs else self._generated(args)
-        if function is None:
-            output = original.forward(self, *args, **kwargs)
-            if not torch.compiler.is_compiling():
-                offers.withdraw(output)  # nothing is known of who else holds it
-                recipes.withdraw(output)
-            return output if epilogue is None else epilogue.apply(output)
-        return function(self, *args, epilogue) if self.blueprint.ends_in_batch_norm else function(self, *args)
+        return original.forward(self, *args, **kwargs) if function is None else function(self, *args)
 
     return forward
 
@@ -247,51 +170,4 @@ def fused_class(original: Any, blueprint: Blueprint) -> type[FusedForward]:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module has, or had before it was fused."""
-    if isinstance(module, FusedForward):
-        return module.original
-    return next((plain for plain, fused in FUSED.items() if type(module) is fused), type(module))
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches the calls of a module, so that its own output must be seen."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def global_hooks() -> bool:
-    """Whether somebody watches the calls of all modules, those that a fused forward leaves out too."""
-    return bool(_has_any_global_hook())
-
-
-# What a call of a layer runs, and somebody may set on the instance or the class.
-CODE = frozenset(("forward", "_conv_forward"))
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether a call runs more than the forward of the module's class."""
-    return has_hooks(module) or any(name in vars(module) for name in CODE)  # as PyTorch 2.11 can compile
-
-
-# The two functions that generated code calls. They look at the modules as these are now.
-
-
-def finish(module: nn.Module, epilogue: Epilogue | None, *args: Any) -> Any:
-    """``module(*args)``, then the epilogue; in one operation where ``module`` is or ends in a fused batch norm."""
-    if epilogue is None:
-        return module(*args)
-    fused = isinstance(module, FusedBatchNorm) or (
-        isinstance(module, FusedForward) and module.blueprint.ends_in_batch_norm
-    )
-    if fused and not is_watched(module):
-        return module(*args, epilogue=epilogue)
-    return epilogue.apply(module(*args))
-
-
-def with_epilogue(
-    module: nn.Module, relu: nn.Module | bool, residual: Tensor | None, in_place: bool, *args: Any
-) -> Any:
-    """``module(*args)``, ``+ residual`` unless it is None, then ``relu``: a module, or whether there is one."""
-    if isinstance(relu, nn.Module) and (type(relu) is not nn.ReLU or is_watched(relu)):
-        return relu(finish(module, None if residual is None else Epilogue(residual, in_place), *args))
-    return finish(module, Epilogue(residual, in_place, relu), *args)
+    return module.original if isinstance(module, FusedForward) else type(module)

@@ -1,9 +1,9 @@
-"""What follows a batch norm in a graph, and how the graph reads when one operation does both."""
+"""The runs of layers in a graph that can be chains, and how the graph reads when each is one call."""
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,99 +11,188 @@ from torch import fx, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .modules import Variant, finish, global_by_name, has_hooks, original_class, with_epilogue
+from .layers import (
+    ADDITIONS,
+    RELU,
+    Layer,
+    chain,
+    does_nothing,
+    expanded,
+    is_activation,
+    is_norm,
+    is_product,
+    is_watched,
+    stages_of,
+)
+from .modules import Variant, global_by_name, original_class
 
 _RELU_FUNCTIONS = (functional.relu, torch.relu, torch.relu_, functional.relu_)
 _RELU_METHODS = ("relu", "relu_")
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 _ADD_METHODS = ("add", "add_", "__add__", "__iadd__")
 _IN_PLACE = (operator.iadd, "add_", "__iadd__")
+# What neither writes to an argument nor hands it to a stranger.
+_HARMLESS_FUNCTIONS = {operator.add, torch.add, operator.mul, torch.mul, torch.cat, operator.getitem, getattr}
+_HARMLESS_METHODS = {"add", "mul", "mean", "chunk", "size", "dim", "view", "flatten"}
 
 
-@dataclass(frozen=True)
-class Fusion:
-    """A call of a batch norm, or of a module that ends in one, together with the nodes that it takes in."""
+@dataclass
+class Run:
+    """Layers that are called one after the other, each with the one before's result and nothing else.
 
-    call: fx.Node
-    add: fx.Node | None = None
-    relu: fx.Node | None = None
+    nodes: their calls, in this order, those of additions and functions among them.
+    """
+
+    nodes: list[fx.Node]
+    layers: list[Layer]
+    input: fx.Node
+    residual: fx.Node | None = None
+    texts: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return " → ".join(["batch norm", *(["add"] if self.add else []), *(["ReLU"] if self.relu else [])])
+        return " → ".join(self.texts)
 
-
-@dataclass(frozen=True)
-class Left:
-    """Why a call stays as it is."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Returned:
-    """The call's value is the module's own, so that the module's callers decide."""
-
-
-Outcome = Fusion | Left | Returned
+    def around(self, norm: nn.Module) -> str:
+        """The stage of a norm, in words."""
+        words: list[str] = []
+        found = False
+        for layer, text in zip(self.layers, self.texts, strict=True):
+            if isinstance(layer, nn.Module) and (is_product(layer) or (is_norm(layer) and "batch norm" in words)):
+                if found:
+                    break
+                words = []
+            found = found or layer is norm
+            words += [text] if text else []
+        return " → ".join(words)
 
 
 class Patterns:
-    """The patterns of the graph of a module at ``path``. ``ends``: the modules that are or end in such a batch norm."""
+    """The runs of the graph of a module at ``path``."""
 
-    def __init__(self, module: nn.Module, path: str, graph: fx.Graph, ends: set[nn.Module]) -> None:
+    def __init__(self, module: nn.Module, path: str, graph: fx.Graph) -> None:
         self.module = module
         self.path = path
         self.order = {node: position for position, node in enumerate(graph.nodes)}
-        self.calls = [node for node in graph.nodes if self.called(node) in ends]
+        self.nodes = list(graph.nodes)
+        self.taken: set[fx.Node] = set()
+        self.runs: list[Run] = []
+        for node in self.nodes:
+            layer = self._layer(node)
+            if layer is not None and node not in self.taken and (is_product(layer) or is_norm(layer)):
+                self._start(node, layer)
 
     def called(self, node: fx.Node) -> nn.Module | None:
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
-    def outcomes(self) -> dict[fx.Node, Outcome]:
-        """What becomes of each call."""
-        return {call: self._outcome(call) for call in self.calls}
+    def _layer(self, node: fx.Node) -> Layer | None:
+        """The layer that a node calls with one argument; None if it is none that a chain knows."""
+        if _is_relu_function(node):
+            return RELU
+        module = self.called(node)
+        if module is None or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+            return None
+        known = is_product(module) or is_norm(module) or is_activation(module) or does_nothing(module)
+        return module if known and not is_watched(module) else None
 
-    def _outcome(self, call: fx.Node) -> Outcome:
+    def _start(self, node: fx.Node, layer: Layer) -> None:
+        """The longest run from a node on, if it is worth a call."""
+        first: Any = node.args[0]
+        run = Run([node], [layer], first, texts=[_text(layer)])
+        while self._extend(run):
+            pass
+        while does_nothing(run.layers[-1]):
+            run.nodes.pop(), run.layers.pop(), run.texts.pop()
+        if len([text for text in run.texts if text]) > 1:
+            self.runs.append(run)
+            self.taken.update(run.nodes)
+
+    def _extend(self, run: Run) -> bool:
+        """Take the next node into a run, if it can be."""
+        last = run.nodes[-1]
+        if len(last.users) != 1:
+            return False
+        (node,) = last.users
+        if node in self.taken or not self._can_move(run, node):
+            return False
+        residual = None
+        layer: Layer | None
+        if _is_add(node):
+            if self._why_not_added(last, node) is not None or run.residual is not None:
+                return False
+            other: Any = next(operand for operand in node.args if operand is not last)
+            norms = [call for call, layer in zip(run.nodes, run.layers, strict=True) if is_norm(layer)]
+            if not norms or self._rank(other) > self._rank(norms[-1]):
+                return False
+            residual = other
+            layer = "iadd" if node.target in _IN_PLACE else "add"
+        else:
+            layer = self._layer(node)
+        if layer is None or layer in [known for known in run.layers if isinstance(known, nn.Module) and is_norm(known)]:
+            return False
+        if stages_of(expanded([*run.layers, layer])) is None:
+            return False
+        run.nodes.append(node)
+        run.layers.append(layer)
+        run.texts.append(_text(layer))
+        run.residual = run.residual or residual
+        return True
+
+    def _rank(self, node: fx.Node) -> tuple[bool, bool, int]:
+        """Which of two addends takes the addition: a batch norm, one that the module itself calls, the later one."""
+        layer = self._layer(node)
+        if layer is None or not is_norm(layer) or len(node.users) != 1:
+            return False, False, 0
+        return True, "." not in str(node.target), self.order[node]
+
+    def _can_move(self, run: Run, node: fx.Node) -> bool:
+        """Whether the run may wait for the place of ``node``: what comes in between must neither affect nor see it."""
+        own = set(run.nodes)
+        modules = [layer for layer in run.layers if isinstance(layer, nn.Module)]
+        between = self.nodes[self.order[run.nodes[0]] + 1 : self.order[node]]
+        return all(other in own or self._is_harmless(other, modules) for other in between)
+
+    def _is_harmless(self, node: fx.Node, modules: list[nn.Module]) -> bool:
+        if node.op in ("placeholder", "get_attr"):
+            return True
+        if node.op == "call_function":
+            return node.target in _HARMLESS_FUNCTIONS and not node.kwargs
+        if node.op == "call_method":
+            return node.target in _HARMLESS_METHODS and not node.kwargs
+        layer = self.called(node)
+        if layer is None or self._layer(node) is None or layer in modules:
+            return False
+        if not getattr(layer, "inplace", False):
+            return True
+        value: Any = node.args[0]  # new, and nobody else's
+        source = self._layer(value)
+        return len(value.users) == 1 and source is not None and (is_product(source) or is_norm(source))
+
+    def why_left(self, call: fx.Node) -> str | None:
+        """Why a batch norm's call is in no run; None if it is in one."""
+        if call in self.taken:
+            return None
+        if call.kwargs or len(call.args) != 1:
+            return "it is called with keywords"
         if len(call.users) != 1:
-            return Left(f"its output is used {len(call.users)} times" if call.users else "its output is not used")
+            return f"its output is used {len(call.users)} times" if call.users else "its output is not used"
         (user,) = call.users
-        if call.kwargs or (isinstance(self.called(call), _BatchNorm) and len(call.args) != 1):
-            return Left("it is called with keywords")
         if user.op == "output":
-            return Returned() if user.args[0] is call else Left("it is returned among other values")
-        if self._is_relu(user):
-            relu = self.called(user)
-            if relu is not None and has_hooks(relu):
-                return Left(f"{self._name(user)} after it has hooks")
-            return Fusion(call, relu=user)
+            if user.args[0] is not call:
+                return "it is returned among other values"
+            return "the model returns its output" if not self.path else f"{self._own_name()} returns its output"
         if _is_add(user):
             reason = self._why_not_added(call, user)
-            return self._with_addition(call, user) if reason is None else Left(reason)
-        return Left(f"followed by {self._name(user)}")
+            if reason is not None:
+                return reason
+        if user in self.taken and _is_add(user):
+            return "it is added to another value, with which the addition goes"
+        module = self.called(user)
+        if module is not None and is_watched(module):
+            return f"{self._name(user)} after it has hooks"
+        return f"followed by {self._name(user)}"
 
-    def _with_addition(self, call: fx.Node, add: fx.Node) -> Fusion:
-        relu = next(iter(add.users)) if len(add.users) == 1 else None
-        if relu is not None:
-            module = self.called(relu)
-            if not self._is_relu(relu) or (module is not None and has_hooks(module)):
-                relu = None
-        return Fusion(call, add, relu)
-
-    def _why_not_added(self, call: fx.Node, add: fx.Node) -> str | None:
-        """None if the addition goes with this call."""
-        reason = self._unfit(call, add)
-        for other in add.all_input_nodes:
-            fit = other is not call and other in self.calls and self._unfit(other, add) is None
-            if fit and (reason is not None or self._rank(other) > self._rank(call)):
-                return f"it is added to {self._name(other)}, which takes the addition in"
-        return reason
-
-    def _rank(self, call: fx.Node) -> tuple[bool, int]:
-        """Which addend takes the addition: a batch norm before a module that ends in one, then the later one."""
-        return isinstance(self.called(call), _BatchNorm), self.order[call]
-
-    def _unfit(self, call: Any, add: fx.Node) -> str | None:
-        """Why a call cannot take the addition in, whatever the other addend."""
+    def _why_not_added(self, call: Any, add: fx.Node) -> str | None:
+        """Why an addition cannot be taken in with a call."""
         if len(add.args) != 2 or not set(add.kwargs) <= {"alpha"} or add.kwargs.get("alpha", 1) != 1:
             return "the addition is called with keywords or alpha"
         first, second = add.args
@@ -113,30 +202,10 @@ class Patterns:
             return "it is added to itself"
         if add.target in _IN_PLACE and first is not call:
             return "it is added in place to another value"
-        if len(call.users) != 1 or call.kwargs:
-            return "its output is used more than once"
-        return self._cannot_move(call, add)
-
-    def _cannot_move(self, call: fx.Node, add: fx.Node) -> str | None:
-        """The fused call stands where the addition stood: what happens in between must neither affect nor see it."""
-        module = self.called(call)
-        between = [node for node in self.order if self.order[call] < self.order[node] < self.order[add]]
-        if not isinstance(module, _BatchNorm) and any(node.op.startswith("call") for node in between):
-            return f"other values are computed between {self._name(call)} and the addition"
-        for node in between:
-            other = self.called(node)
-            if any(source in call.all_input_nodes for source in node.all_input_nodes):
-                return f"its input is used by {self._name(node)} before the addition"
-            if other is not None and any(below is module for below in other.modules()):
-                return "it is called again before the addition"
         return None
 
-    def _is_relu(self, node: fx.Node) -> bool:
-        return (
-            type(self.called(node)) is nn.ReLU
-            or (node.op == "call_function" and node.target in _RELU_FUNCTIONS)
-            or (node.op == "call_method" and node.target in _RELU_METHODS)
-        )
+    def _own_name(self) -> str:
+        return f"{original_class(self.module).__name__} {self.path}".strip()
 
     def _name(self, node: fx.Node) -> str:
         module = self.called(node)
@@ -145,6 +214,25 @@ class Patterns:
             return f"{original_class(module).__name__} {path}"
         return str(getattr(node.target, "__name__", node.target))
 
+    def norms(self) -> list[tuple[fx.Node, nn.Module]]:
+        """The calls of batch norms, of any class."""
+        found = ((node, self.called(node)) for node in self.nodes)
+        return [(node, module) for node, module in found if isinstance(module, _BatchNorm)]
+
+
+def _text(layer: Layer) -> str:
+    if layer in ADDITIONS:
+        return "add"
+    if layer == RELU or isinstance(layer, nn.ReLU):
+        return "ReLU"
+    if does_nothing(layer):
+        return ""
+    if is_norm(layer):
+        return " → ".join(["batch norm", *filter(None, map(_text, expanded([layer])[1:]))])
+    if type(layer) is nn.Linear:
+        return "linear"
+    return "convolution" if is_product(layer) else type(layer).__name__
+
 
 def _is_add(node: fx.Node) -> bool:
     return (node.op == "call_function" and node.target in _ADD_FUNCTIONS) or (
@@ -152,34 +240,28 @@ def _is_add(node: fx.Node) -> bool:
     )
 
 
-def rewrite(graph: fx.Graph, outcomes: dict[fx.Node, Outcome], ends_in_batch_norm: bool) -> None:
-    """Put one call in the place of each fusion. If the module ends in a batch norm it takes an epilogue, last."""
-    for call, outcome in outcomes.items():
-        if isinstance(outcome, Fusion):
-            _replace(graph, outcome)
-        elif isinstance(outcome, Returned) and ends_in_batch_norm:
-            with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
-                epilogue = graph.placeholder("epilogue")
-            with graph.inserting_before(call):
-                module = graph.get_attr(str(call.target))
-                finished = graph.call_function(finish, (module, epilogue, *call.args))
-            call.replace_all_uses_with(finished)
-            graph.erase_node(call)
+def _is_relu_function(node: fx.Node) -> bool:
+    return (node.op == "call_function" and node.target in _RELU_FUNCTIONS) or (
+        node.op == "call_method" and node.target in _RELU_METHODS
+    )
 
 
-def _replace(graph: fx.Graph, fusion: Fusion) -> None:
-    call, add, relu = fusion.call, fusion.add, fusion.relu
-    # At the addition's place the residual exists, and is what it was: it may have been changed in place before.
-    with graph.inserting_before(add or call):
-        residual = next(operand for operand in add.args if operand is not call) if add else None
-        module = graph.get_attr(str(call.target))
-        activation = graph.get_attr(str(relu.target)) if relu and relu.op == "call_module" else relu is not None
-        in_place = add is not None and add.target in _IN_PLACE
-        fused = graph.call_function(with_epilogue, (module, activation, residual, in_place, *call.args))
-    taken = [node for node in (relu, add, call) if node is not None]
-    taken[0].replace_all_uses_with(fused)
-    for node in taken:
-        graph.erase_node(node)
+def rewrite(graph: fx.Graph, runs: list[Run]) -> None:
+    """Put one call in the place of the last node of each run."""
+    now: dict[fx.Node, fx.Node] = {}  # by the last node of a run: the call in its place
+    for run in runs:
+        last = run.nodes[-1]
+        # There the residual exists, and is what it was: it may have been changed in place before.
+        with graph.inserting_before(last):
+            layers = tuple(
+                layer if isinstance(layer, str) else graph.get_attr(str(node.target))
+                for node, layer in zip(run.nodes, run.layers, strict=True)
+            )
+            values = [now.get(value, value) for value in (run.input, run.residual) if value is not None]
+            now[last] = called = graph.call_function(chain, (layers, *values))
+        last.replace_all_uses_with(called)
+        for node in reversed(run.nodes):
+            graph.erase_node(node)
 
 
 def variant(graph: fx.Graph, training: bool, arguments: type) -> Variant:

@@ -17,13 +17,14 @@ import operator
 import random
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
 
-from .modules import original_class
+from .layers import is_norm, is_product, is_watched
+from .modules import Seen, original_class
 
 
 class Untraceable(Exception):
@@ -70,12 +71,16 @@ class _Tracer(fx.Tracer):
         self.asked_for_types = False
         self.modes = _modes()
         self.placeholders: set[int] = set()
+        self.seen = {"": Seen("", original_class(module), tuple(module._modules))}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+        if not _is_part(m):
+            return True
+        self.seen[module_qualified_name] = Seen(module_qualified_name, original_class(m), tuple(m._modules))
+        return False
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         proxies = [self.create_proxy("placeholder", name, (), {}) for name in self.names]
@@ -118,8 +123,18 @@ def argument_names(module: nn.Module) -> list[str]:
     return names
 
 
-def trace(module: nn.Module) -> dict[tuple[bool, type], fx.Graph]:
+class Trace(NamedTuple):
     """The graphs of a module's forward, by training flag and type of the arguments (all Tensors or all lists).
+
+    seen: the module and those that the trace looked into.
+    """
+
+    graphs: dict[tuple[bool, type], fx.Graph]
+    seen: tuple[Seen, ...]
+
+
+def trace(module: nn.Module) -> Trace:
+    """What the forward of a module does.
 
     Raises:
         Untraceable: with the reason.
@@ -132,15 +147,18 @@ def trace(module: nn.Module) -> dict[tuple[bool, type], fx.Graph]:
         raise Untraceable("its forward was set on the instance")
     names = argument_names(module)
     graphs: dict[tuple[bool, type], fx.Graph] = {}
+    seen: dict[str, Seen] = {}
     for training in (False, True):
-        graphs[training, Tensor], asked = _trace(module, names, training, Tensor)
-        if asked:
+        graphs[training, Tensor], tracer = _trace(module, names, training, Tensor)
+        seen |= tracer.seen
+        if tracer.asked_for_types:
             with contextlib.suppress(Untraceable):  # then lists take the original forward
-                graphs[training, list] = _trace(module, names, training, list)[0]
-    return graphs
+                graphs[training, list], tracer = _trace(module, names, training, list)
+                seen |= tracer.seen
+    return Trace(graphs, tuple(seen.values()))
 
 
-def _trace(module: nn.Module, names: list[str], training: bool, arguments: type) -> tuple[fx.Graph, bool]:
+def _trace(module: nn.Module, names: list[str], training: bool, arguments: type) -> tuple[fx.Graph, _Tracer]:
     tracer = _Tracer(module, names, arguments)
     was_training = module.training
     module.training = training
@@ -154,7 +172,7 @@ def _trace(module: nn.Module, names: list[str], training: bool, arguments: type)
         raise Untraceable(f"{type(error).__name__}: {line}") from error
     finally:
         module.training = was_training
-    return graph, tracer.asked_for_types
+    return graph, tracer
 
 
 @contextlib.contextmanager
@@ -207,7 +225,24 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> str | None:
 
 
 def is_container(module: nn.Module) -> bool:
-    """Whether a module has a forward of its own that may call batch norms below it."""
+    """Whether a module has a forward of its own that may call layers below it."""
     below = list(module.modules())[1:]
     defined = original_class(module).forward is not nn.Module.forward
-    return defined and any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in below)
+    return defined and any(
+        is_product(child) or is_norm(child) or isinstance(child, nn.modules.batchnorm._BatchNorm) for child in below
+    )
+
+
+def _is_part(module: nn.Module) -> bool:
+    """Whether a module is a Sequential whose calls belong to the forward that calls it.
+
+    It is not where a module below it has a forward of its own that calls batch norms, a residual block for example:
+    such a Sequential is a part of the network, and not of a block.
+    """
+    if original_class(module).forward is not nn.Sequential.forward or is_watched(module):
+        return False
+    return all(_is_part(child) or not _calls_norms(child) for child in module.children())
+
+
+def _calls_norms(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in list(module.modules())[1:])

@@ -15,17 +15,14 @@ u the cotangent of y, u' = m u, and P(t) = t − mean(t) − x̂ mean(t x̂):
 
 In eval mode mean and r are constants: P drops out, dγ = r Σ u' v and dx = a r u' alone.
 
-The mask is not stored: it is recomputed from x or, where a residual was added, read off y.
-
-The kernels also do sums that autograd's engine would else do in passes of its own. The forward returns an alias of x,
-which the backward works on: so dx, from the double backward, comes back to the forward's own node together with the
-cotangent of y, and is added there. And where a residual block's result goes two ways, into the next block and past it,
-the two get different aliases of y, and the two cotangents meet in the kernel.
+The mask is not stored: it is recomputed from x or, where a residual was added, read off y. The derivatives are those of
+a chain (see ``chain``), of which a batch norm alone is the shortest: there x, y and z are called y, z and the sum.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,11 +31,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .. import reference
 from ..backends import in_transformation, select_for_layer
 from ..reference import accumulation_dtype
-from . import deferral
-from .aliases import offer_alias, take_alias
-from .function import Function
-from .recompute import attach
-from .registration import derivative, register, third_derivative
+from .chain import Chain, Stage, append, run
+from .registration import register
 
 
 def _statistics_like(x: Tensor, parameter: Tensor | None = None) -> Tensor:
@@ -119,155 +113,74 @@ _input_gradient = register(
 )
 
 
-class BatchNorm(Function):
-    """x (N, C, ...) to y, an alias of y, and what the backward needs: an alias of x, mean (C,) and var (C,)."""
+class BatchNorm(NamedTuple):
+    """Batch norm, with or without a ReLU, as what follows a product in a chain; see ``chain`` for its methods."""
 
-    @staticmethod
+    training: bool
+    momentum: float
+    eps: float
+    relu: bool
+    backend: str
+
+    @property
+    def reads_result_with_residual(self) -> bool:
+        return self.relu
+
     def forward(
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        relu: bool,
-        backend: str,
-    ) -> tuple[Tensor, ...]:
-        if training:
+        self, y: Tensor, weight: Any, bias: Any, residual: Tensor | None, running: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y = y.contiguous(memory_format=memory_format(y))
+        if residual is not None:
+            residual = laid_out_like(residual, y)
+        if not self.training:
+            mean, var = running
+            z = _inference(y, mean, var, weight, bias, residual, self.eps, self.relu, self.backend)
+            return z, y, mean.clone(), var.clone()  # a later step in train mode may update them
+        if y.numel() == y.shape[1]:  # PyTorch's error
+            torch.nn.functional.batch_norm(y, None, None, training=True)
+        mean, var = running
+        if mean is not None:
             # .data: as in PyTorch, no version counter tells of the update. Graphs that PyTorch's own batch norm made
             # before hold these tensors, unread, and would raise.
-            running = [None if t is None else t.data for t in (running_mean, running_var)]
-            y, mean, var = _forward(x, weight, bias, residual, *running, momentum, eps, relu, backend)
-        else:
-            assert running_mean is not None  # the public function saw to it
-            assert running_var is not None
-            y = _inference(x, running_mean, running_var, weight, bias, residual, eps, relu, backend)
-            mean, var = running_mean.clone(), running_var.clone()  # a later step in train mode may update them
-        return y, y.detach(), x.detach(), mean, var
+            mean, var = mean.data, var.data
+        z, mean, var = _forward(y, weight, bias, residual, mean, var, self.momentum, self.eps, self.relu, self.backend)
+        return z, y, mean, var
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        weight, bias, residual = inputs[1:4]
-        y, _, x, mean, var = output
-        *_, ctx.training, _, ctx.eps, ctx.relu, ctx.backend = inputs
-        ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(False)
-        mask_source = y if ctx.relu and residual is not None else None
-        ctx.save_for_backward(x, mask_source, weight, bias, mean, var)
+    def again(self, y: Tensor, weight: Any, bias: Any, mean: Any, var: Any) -> Any:
+        return _inference(y, mean, var, weight, bias, None, self.eps, self.relu, self.backend)
 
-    @staticmethod
-    def backward(ctx: Any, u: Tensor | None, other_u: Tensor | None, x_cotangent: Tensor | None, *_: Any) -> Any:
-        rest = (None,) * 7
-        if u is None:
-            u, other_u = other_u, None
-        if u is None:
-            return x_cotangent, None, None, None, *rest
-        x, y, weight, bias, mean, var = ctx.saved_tensors
-        if other_u is not None and y is None:
-            u, other_u = u + other_u, None
-        u = laid_out_like(u, x)
-        if other_u is not None:
-            other_u = laid_out_like(other_u, x)
-        if x_cotangent is not None:
-            x_cotangent = laid_out_like(x_cotangent, x)
-        gx, gweight, gbias, gresidual, sums = derivative(
-            BatchNormBackward,
-            *(u, other_u, x, y, weight, bias, mean, var, x_cotangent, ctx.training, ctx.eps, ctx.relu, ctx.backend),
-        )
-        if torch.is_grad_enabled() and x_cotangent is None:
-            # gresidual is masked already; u is not, where there is a ReLU
-            kept_u, mask = (u, ctx.relu) if y is None else (gresidual, False)
-            options = (ctx.training, ctx.eps, mask, ctx.backend)
-            attach(gx, lambda *kept: _input_gradient(*kept, *options), kept_u, x, weight, bias, mean, var, sums, like=1)
-        needs = ctx.needs_input_grad
-        return (
-            gx,
-            gweight if needs[1] else None,
-            gbias if needs[2] else None,
-            (u if y is None else gresidual) if needs[3] else None,
-            *rest,
-        )
-
-
-class BatchNormBackward(Function):
-    """gx, gγ, gβ, and gresidual if y is given; mean and var are functions of x, and dx the total derivative."""
-
-    @staticmethod
-    def forward(
-        u: Tensor,
-        other_u: Tensor | None,
-        x: Tensor,
-        y: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        x_cotangent: Tensor | None,
-        training: bool,
-        eps: float,
-        relu: bool,
-        backend: str,
-    ) -> tuple[Tensor, ...]:
-        return _backward(u, other_u, x, y, weight, bias, mean, var, x_cotangent, training, eps, relu, backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        u, other_u, x, y, weight, bias, mean, var, _, *ctx.options = inputs
-        gresidual, sums = output[3:]
-        deferral.write_for(ctx, 1 if other_u is None else 2)
-        ctx.mark_non_differentiable(sums)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(u if y is None else gresidual, x, y, weight, bias, mean, var)
-
-    @staticmethod
     def backward(
-        ctx: Any, v: Tensor | None, vweight: Tensor | None, vbias: Tensor | None, vresidual: Tensor | None, _: Any
-    ) -> Any:
-        rest = (None,) * 4
-        awaited = deferral.is_awaited(ctx)
-        if not awaited and all(cotangent is None for cotangent in (v, vweight, vbias, vresidual)):
-            return *(None,) * 9, *rest
-        saved = ctx.saved_tensors
-        v, vresidual = (None if t is None else laid_out_like(t, saved[1]) for t in (v, vresidual))
-        vweight, vbias = (None if t is None else t.contiguous() for t in (vweight, vbias))  # expanded, for a sum
-        *options, backend = ctx.options
-        du, dx, dweight, gx = derivative(
-            BatchNormDoubleBackward, v, vweight, vbias, vresidual, *saved, *options, awaited, backend
+        self, u: Tensor, y: Tensor, z: Any, weight: Any, bias: Any, mean: Any, var: Any, dy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        u = laid_out_like(u, y)
+        if dy is not None:
+            dy = laid_out_like(dy, y)
+        g, gweight, gbias, gresidual, _ = _backward(
+            u, None, y, z, weight, bias, mean, var, dy, self.training, self.eps, self.relu, self.backend
         )
-        if awaited:
-            deferral.deliver(ctx, gx)
-        needs = ctx.needs_input_grad
-        return (
-            du,
-            du if needs[1] else None,
-            dx if dx.numel() else None,
-            None,
-            dweight if needs[4] else None,
-            None,
-            None,
-            None,
-            v if needs[8] else None,
-            *rest,
-        )
+        return g, gweight, gbias, None if z is None else gresidual
 
-
-class BatchNormDoubleBackward(Function):
-    """du, dx, dγ, and gx again if asked for: the last derivative."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return _double_backward(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise third_derivative("batch norm")
+    def double_backward(
+        self,
+        cotangents: Sequence[Tensor | None],
+        u: Tensor,
+        y: Tensor,
+        z: Any,
+        weight: Any,
+        bias: Any,
+        mean: Any,
+        var: Any,
+        wants_g: bool,
+    ) -> tuple[Tensor | None, ...]:
+        u = laid_out_like(u, y)
+        v, vweight, vbias, vresidual = cotangents
+        v = None if v is None else laid_out_like(v, y)
+        vresidual = None if vresidual is None else laid_out_like(vresidual, y)
+        vweight = None if vweight is None else vweight.contiguous()  # it may be expanded, for a sum
+        vbias = None if vbias is None else vbias.contiguous()
+        options = self.training, self.eps, self.relu, wants_g, self.backend
+        du, dy, dweight, g = _double_backward(v, vweight, vbias, vresidual, u, y, z, weight, bias, mean, var, *options)
+        return du, dy if dy.numel() else None, dweight, g if wants_g else None
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -302,7 +215,6 @@ def batch_norm(
     *,
     residual: Tensor | None = None,
     relu: bool = False,
-    recomputable: bool = False,
 ) -> Tensor:
     """``torch.nn.functional.batch_norm`` and, in the same pass, ``+ residual`` and ReLU.
 
@@ -319,8 +231,6 @@ def batch_norm(
         eps: ε, added to the variance.
         residual: of input's shape; added after β.
         relu: whether a ReLU comes last.
-        recomputable: leave a recipe for the result, where no residual was added; it waits for permission, see
-            ``recompute``.
 
     Returns:
         Of input's shape and dtype.
@@ -332,7 +242,7 @@ def batch_norm(
     if has_torch_function(tensors):  # function modes see one call, not each attribute that is looked at below
         given = [t for t in tensors if t is not None]
         plain = (input, running_mean, running_var, weight, bias, training, momentum, eps)
-        options: dict[str, Any] = {"residual": residual, "relu": relu, "recomputable": recomputable}
+        options: dict[str, Any] = {"residual": residual, "relu": relu}
         fused: Tensor = handle_torch_function(batch_norm, given, *plain, **options)
         return fused
     if residual is not None and (
@@ -348,23 +258,12 @@ def batch_norm(
         y = reference.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         y = y if residual is None else y + residual
         return torch.relu(y) if relu else y
-    x = input.contiguous(memory_format=memory_format(input))
     # Such a tensor is contiguous but for tricks; the kernels must be able to write the running statistics.
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    if residual is not None:
-        residual = laid_out_like(take_alias(residual), x)
-    y, y_alias, x_alias, mean, var = BatchNorm.apply(
-        x, weight, bias, residual, running_mean, running_var, training, momentum, eps, relu, backend
-    )
-    if y.requires_grad and residual is not None and relu:
-        offer_alias(y, y_alias)
-    if y.requires_grad and residual is None and recomputable:
-
-        def again(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Any:
-            return _inference(x, mean, var, weight, bias, None, eps, relu, backend)
-
-        attach(y, again, x_alias, mean, var, weight, bias, like=0, permitted=False)
-    return y
+    among = [input]
+    *places, place = (append(among, tensor) for tensor in (weight, bias, residual))
+    stage = Stage(None, BatchNorm(training, momentum, eps, relu, backend), -1, -1, *places)
+    return run(Chain((stage,), place), [(running_mean, running_var)], *among)
 
 
 def _has_kernel(
@@ -377,15 +276,30 @@ def _has_kernel(
     eps: float,
 ) -> bool:
     """Whether the arguments are such as the kernels take; PyTorch's function sees to the errors of all others."""
-    if not (input.dim() >= 2 and input.numel() > 0 and input.is_floating_point() and input.dim() <= 5):
+    if not (2 <= input.dim() <= 5 and input.numel() > 0 and input.is_floating_point()):
         return False
-    channels = (input.shape[1],)
-    given = [t for t in (running_mean, running_var, weight, bias) if t is not None]
-    if not all(t.is_floating_point() and t.shape == channels and t.device == input.device for t in given):
+    if training and input.numel() == input.shape[1]:
         return False
+    return has_kernel(input.shape[1], input.device, running_mean, running_var, weight, bias, training, eps)
+
+
+def has_kernel(
+    channels: int,
+    device: torch.device,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+) -> bool:
+    """Whether the kernels take what belongs to the norm, for an input of so many channels."""
+    for t in (running_mean, running_var, weight, bias):
+        if t is not None and not (t.is_floating_point() and t.shape == (channels,) and t.device == device):
+            return False
     if (running_mean is None) != (running_var is None):
         return False
-    statistics = [t for t in (running_mean, running_var) if t is not None]
-    if not all(t.is_contiguous() and not t.requires_grad for t in statistics):
-        return False
-    return (input.numel() > channels[0] and eps > 0) if training else (running_mean is not None and eps >= 0)
+    for t in (running_mean, running_var):
+        if t is not None and (t.requires_grad or not t.is_contiguous()):
+            return False
+    return eps > 0 if training else (running_mean is not None and eps >= 0)

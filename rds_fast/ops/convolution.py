@@ -15,8 +15,9 @@ Every derivative is again one of these two Functions, so there are derivatives o
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -24,12 +25,9 @@ import torch
 from torch import Tensor
 
 from ..backends import runs_plainly
-from . import deferral
-from .aliases import take_alias
 from .engine import is_wanted, queryable
 from .function import Function
 from .logsumexp import autocast_enabled
-from .recompute import Saved, save
 from .registration import derivative
 
 
@@ -43,31 +41,109 @@ class Geometry(NamedTuple):
     output_padding: tuple[int, ...]
     groups: int
 
+    def shape(self, x: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of y, from those of x and of the weight."""
+        return _shape(self, x, weight)
+
+    def channels(self, weight: Sequence[int]) -> int:
+        """The number of channels of y."""
+        return weight[1] * self.groups if self.transposed else weight[0]
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """w∗x + bias."""
+        return torch.convolution(x, weight, bias, *self)
+
+    def backward(
+        self, g: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool], onto: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """gx, gw and the bias's gradient, each None where it is not wanted; ``onto`` is added to gx.
+
+        Without gw only the shape of x matters, and without gx that of the weight.
+        """
+        gx = gw = gbias = None
+        if wanted[0] and onto is not None and self._is_matrix_product(g, weight, onto):
+            gx, onto = _matrix_product(g, weight, onto), None
+            wanted = False, wanted[1], wanted[2]
+        elif wanted == (True, False, False) and not self.transposed:
+            # as a transposed convolution, for which x need not be there
+            gx = torch.convolution(g, weight, None, *_transposed(self, g.shape, x.shape, weight.shape))
+        if wanted[1] or wanted[2] or (wanted[0] and gx is None):
+            channels = [g.shape[1]] if wanted[2] else None
+            found = torch.ops.aten.convolution_backward.default(g, x, weight, channels, *self, wanted)
+            gx = found[0] if wanted[0] else gx
+            gw = found[1] if wanted[1] else None
+            gbias = found[2] if wanted[2] else None
+        return gx if gx is None or onto is None else gx.add_(onto), gw, gbias
+
+    def _is_matrix_product(self, g: Tensor, weight: Tensor, onto: Tensor) -> bool:
+        """Whether one matrix product does the convolution's backward and the addition, in one pass."""
+        return (
+            not self.transposed
+            and self.groups == 1
+            and set(weight.shape[2:]) == {1}
+            and set(self.stride) == {1}
+            and set(self.padding) == {0}
+            and g.dtype == weight.dtype == onto.dtype
+            and ((g.is_contiguous() and onto.is_contiguous()) or (_is_channels_last(g) and _is_channels_last(onto)))
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def _shape(geometry: Geometry, x: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...]:
+    spatial = []
+    for d, size in enumerate(x[2:]):
+        reach = geometry.dilation[d] * (weight[d + 2] - 1)
+        stride, padding, more = geometry.stride[d], geometry.padding[d], geometry.output_padding[d]
+        if geometry.transposed:
+            spatial.append((size - 1) * stride - 2 * padding + reach + more + 1)
+        else:
+            spatial.append((size + 2 * padding - reach - 1) // stride + 1)
+    return x[0], geometry.channels(weight), *spatial
+
+
+@functools.lru_cache(maxsize=4096)
+def _transposed(geometry: Geometry, g: tuple[int, ...], x: tuple[int, ...], weight: tuple[int, ...]) -> tuple[Any, ...]:
+    """The transposed convolution that takes g to gx, from the shapes."""
+    sizes = zip(x[2:], g[2:], weight[2:], geometry.stride, geometry.padding, geometry.dilation, strict=True)
+    missing = [of_x - ((of_g - 1) * s - 2 * p + d * (size - 1) + 1) for of_x, of_g, size, s, p, d in sizes]
+    return geometry._replace(transposed=True, output_padding=tuple(missing))
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _matrix_product(g: Tensor, weight: Tensor, onto: Tensor) -> Tensor:
+    """``onto`` plus wᵀ∗g for a convolution of single values: the rows are those of memory."""
+    weight = weight.flatten(1)
+    if g.is_contiguous():
+        rows = torch.baddbmm(onto.flatten(2), weight.t().expand(g.shape[0], -1, -1), g.flatten(2))
+        return rows.view(onto.shape)
+    of_g, of_onto = (t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (g, onto))
+    N, C, H, W = onto.shape
+    return torch.addmm(of_onto, of_g, weight).view(N, H, W, C).permute(0, 3, 1, 2)
+
 
 class Convolution(Function):
     """x (N, C, ...), weight, bias or None to y. Leaves among them must have passed ``queryable``."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-        return torch.convolution(x, weight, bias, *geometry)
+        return geometry.forward(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, bias, ctx.geometry = inputs
         ctx.has_bias = bias is not None
-        deferral.take_for(ctx, 1)
         ctx.set_materialize_grads(False)
-        save(ctx, x, weight)
+        ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Any:
         if g is None:
-            return None, deferral.collect(ctx, None), None, None
+            return None, None, None, None
         wanted = is_wanted(ctx, 0), is_wanted(ctx, 1), ctx.has_bias and is_wanted(ctx, 2)
-        saved = Saved(ctx)
-        x = saved[0] if wanted[1] or not saved.is_rebuilt(0) else saved.like(0)
-        gx, gw, gbias = derivative(ConvolutionBackward, g, x, saved[1], ctx.geometry, wanted)
-        return gx, deferral.collect(ctx, gw), gbias, None
+        return *derivative(ConvolutionBackward, g, *ctx.saved_tensors, ctx.geometry, wanted), None
 
 
 class ConvolutionBackward(Function):
@@ -77,35 +153,24 @@ class ConvolutionBackward(Function):
     def forward(
         g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, ...]:
-        channels = [g.shape[1]] if wanted[2] else None
-        gradients = torch.ops.aten.convolution_backward.default(g, x, weight, channels, *geometry, wanted)
-        return tuple(gradient if asked else None for gradient, asked in zip(gradients, wanted, strict=True))
+        return geometry.backward(g, x, weight, wanted)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         g, x, weight, ctx.geometry, ctx.wanted = inputs
         ctx.set_materialize_grads(False)
-        save(ctx, g, x if ctx.wanted[1] else None, weight)
+        ctx.save_for_backward(g, x if ctx.wanted[1] else None, weight)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor | None, weight_v: Tensor | None, bias_v: Tensor | None) -> Any:
-        saved = Saved(ctx)
-        weight = saved[2]
-        g = dg = dx = dw = None
+        g, x, weight = ctx.saved_tensors
+        dg = dx = dw = None
         if is_wanted(ctx, 0):
-            x = None if weight_v is None else saved[1]
-            dg = _sum_of_convolutions([(v, weight), (x, weight_v)], bias_v, saved.like(0), ctx.geometry)
+            dg = _sum_of_convolutions([(v, weight), (x, weight_v)], bias_v, g, ctx.geometry)
         if weight_v is not None and is_wanted(ctx, 1):
-            g, like_x = saved[0], saved.like(1)
-            dx = derivative(ConvolutionBackward, g, like_x, weight_v, ctx.geometry, (True, False, False))[0]
+            dx = derivative(ConvolutionBackward, g, x, weight_v, ctx.geometry, (True, False, False))[0]
         if v is not None and is_wanted(ctx, 2):
-            geometry, like_weight = ctx.geometry, weight  # ctx itself must not wait
-
-            def weight_gradient(v: Tensor, g: Tensor) -> Any:
-                return derivative(ConvolutionBackward, g, v, like_weight, geometry, (False, True, False))[1]
-
-            if g is not None or not (saved.is_rebuilt(0) and deferral.leave(ctx, 2, v, weight_gradient)):
-                dw = weight_gradient(v, saved[0] if g is None else g)
+            dw = derivative(ConvolutionBackward, g, v, weight, ctx.geometry, (False, True, False))[1]
         return dg, dx, dw, None, None
 
 
@@ -230,7 +295,7 @@ def _apply(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometr
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = _cast(input, dtype), _cast(weight, dtype)
         bias = None if bias is None else _cast(bias, dtype)
-    input, weight, bias = queryable(take_alias(input)), queryable(weight), queryable(bias)
+    input, weight, bias = queryable(input), queryable(weight), queryable(bias)
     if input.dim() == weight.dim():
         return Convolution.apply(input, weight, bias, geometry)
     return Convolution.apply(input.unsqueeze(0), weight, bias, geometry).squeeze(0)

@@ -33,3 +33,14 @@ def is_wanted(ctx: Any, index: int) -> bool:
     if node is None or isinstance(node, torch._C._functions.AccumulateGrad):  # type: ignore[attr-defined]  # the stubs lack it
         return True
     return torch._C._will_engine_execute_node(node)
+
+
+def wanted_among(ctx: Any, count: int) -> tuple[bool, ...]:
+    """``is_wanted`` of the Function's first arguments, all at once: tensors, but the last of them may be None."""
+    edges, answers = ctx.next_functions, []
+    for index, needed in enumerate(ctx.needs_input_grad[:count]):
+        node = edges[index][0] if needed else None
+        if node is not None and not isinstance(node, torch._C._functions.AccumulateGrad):  # type: ignore[attr-defined]
+            needed = torch._C._will_engine_execute_node(node)
+        answers.append(needed)
+    return tuple(answers)

@@ -11,8 +11,8 @@ into memory and adds them to the gradient of x, and ends at hardsigmoid's backwa
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +116,46 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 
 def _relu_slope(g: Tensor, y: Tensor) -> Tensor:
     return _aten.threshold_backward.default(g, y, 0)
+
+
+class Rectified(NamedTuple):
+    """A ReLU without a norm, as what follows a product in a chain; see ``chain`` for its methods.
+
+    What is kept is its result, which takes the place of the product's.
+    """
+
+    @property
+    def reads_result_with_residual(self) -> bool:
+        return False
+
+    def forward(self, y: Tensor, weight: Any, bias: Any, residual: Any, running: Any) -> tuple[Any, ...]:
+        z = torch.relu_(y)
+        return z, z.detach(), None, None
+
+    def again(self, y: Tensor, weight: Any, bias: Any, mean: Any, var: Any) -> Tensor:
+        return y
+
+    def backward(
+        self, u: Tensor, y: Tensor, z: Any, weight: Any, bias: Any, mean: Any, var: Any, dy: Tensor | None
+    ) -> tuple[Any, ...]:
+        g = _relu_slope(u, y)
+        return g if dy is None else g + dy, None, None, g
+
+    def double_backward(
+        self,
+        cotangents: Sequence[Tensor | None],
+        u: Tensor,
+        y: Tensor,
+        z: Any,
+        weight: Any,
+        bias: Any,
+        mean: Any,
+        var: Any,
+        wants_g: bool,
+    ) -> tuple[Any, ...]:
+        v = cotangents[0]
+        assert v is not None  # there is no other
+        return _relu_slope(v, y), None, None, u
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:

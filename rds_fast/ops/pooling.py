@@ -2,7 +2,8 @@
 
 A pooling is linear in its input once the places of the maxima are fixed, so its double backward is the pooling itself
 applied to v, the cotangent of gx: averages of v, or v at the places of the maxima. PyTorch's formula adds a tensor of
-zeros of the input's size, the "gradient" of the backward with respect to the input, and a pass that sums it up.
+zeros of the input's size, the "gradient" of the backward with respect to the input, and a pass that sums it up. The
+backward reads no value of the input, so nothing is kept of that.
 
 Derivatives of all orders exist.
 """
@@ -12,19 +13,33 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends import runs_plainly
 from .function import Function
-from .recompute import stand_in
 from .registration import derivative
 
 Size = int | tuple[int, ...] | list[int]
 
 aten = torch.ops.aten
+
+
+class Layout(NamedTuple):
+    """All that the backward of a pooling reads of its input."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, x: Tensor) -> Layout:
+        return cls(x.shape, x.stride())
+
+    def empty(self, g: Tensor) -> Tensor:
+        """A tensor of this layout, and any values, of the dtype and on the device of the cotangent."""
+        return g.new_empty_strided(self.shape, self.strides)
 
 
 class AveragePool(Function):
@@ -38,20 +53,21 @@ class AveragePool(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, ctx.operations, ctx.arguments = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(stand_in(x))
+        ctx.layout = Layout.of(x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Any:
         if g is None:
             return None, None, None
-        return derivative(AveragePoolBackward, g, *ctx.saved_tensors, ctx.operations, ctx.arguments), None, None
+        return derivative(AveragePoolBackward, g, ctx.layout, ctx.operations, ctx.arguments), None, None
 
 
 class AveragePoolBackward(Function):
     """gx, which does not depend on the values of x."""
 
     @staticmethod
-    def forward(g: Tensor, x: Tensor, operations: tuple[Any, Any], arguments: tuple[Any, ...]) -> Tensor:
+    def forward(g: Tensor, layout: Layout, operations: tuple[Any, Any], arguments: tuple[Any, ...]) -> Tensor:
+        x = layout.empty(g)
         # the adaptive pools' backward needs no sizes besides those of its tensors
         return operations[1](g, x) if len(arguments) == 1 else operations[1](g, x, *arguments)
 
@@ -78,11 +94,12 @@ class MaxPool(Function):
         x, *ctx.options = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(stand_in(x), output[1])
+        ctx.layout = Layout.of(x)
+        ctx.save_for_backward(output[1])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: Any) -> Any:
-        gx = None if g is None else derivative(MaxPoolBackward, g, *ctx.saved_tensors, *ctx.options)
+        gx = None if g is None else derivative(MaxPoolBackward, g, ctx.layout, *ctx.saved_tensors, *ctx.options)
         return gx, None, None, None
 
 
@@ -91,8 +108,9 @@ class MaxPoolBackward(Function):
 
     @staticmethod
     def forward(
-        g: Tensor, x: Tensor, places: Tensor, operations: tuple[Any, Any], arguments: tuple[Any, ...], rank: int
+        g: Tensor, layout: Layout, places: Tensor, operations: tuple[Any, Any], arguments: tuple[Any, ...], rank: int
     ) -> Tensor:
+        x = layout.empty(g)
         # the adaptive pools' backward needs no sizes besides those of its tensors
         return operations[1](g, x, *(() if len(arguments) == 1 else arguments), places)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import rds_fast.nn.modules
+import rds_fast.nn.layers
+from rds_fast.ops.batch_norm import BatchNorm
 
 Compare = Callable[[nn.Module, nn.Module, Tensor], None]
 
@@ -59,15 +60,18 @@ def assert_equal() -> Compare:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the fused operation was called for, call by call: "relu", "add", "add relu"."""
+    """What the batch norms of chains were called with, one by one: "relu", "add", "add relu"."""
     seen: list[str] = []
-    original = rds_fast.nn.modules.batch_norm
+    original = rds_fast.nn.layers.run
 
-    def recording(*args, residual=None, relu=False, **kwargs):
-        seen.append(" ".join(["add"] * (residual is not None) + ["relu"] * relu))
-        return original(*args, residual=residual, relu=relu, **kwargs)
+    def recording(chain, *arguments):
+        for stage in chain.stages:
+            adds = stage is chain.stages[-1] and chain.residual >= 0
+            if isinstance(stage.rest, BatchNorm):
+                seen.append(" ".join(["add"] * adds + ["relu"] * stage.rest.relu))
+        return original(chain, *arguments)
 
-    monkeypatch.setattr(rds_fast.nn.modules, "batch_norm", recording)
+    monkeypatch.setattr(rds_fast.nn.layers, "run", recording)
     return seen
 
 

@@ -68,7 +68,7 @@ X = torch.rand(3, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manu
 def test_every_way_to_write_the_addition_and_the_relu(add, relu, assert_equal, random_model, calls) -> None:
     plain = random_model(Block(add, relu))
     fused = fuse(plain)
-    assert fusions(fused) == {"bn": "batch norm → add → ReLU"}
+    assert fusions(fused) == {"bn": "convolution → batch norm → add → ReLU"}
     assert_equal(plain, fused, X)
     assert calls == ["add relu"]
 
@@ -83,7 +83,7 @@ def test_changes_in_place_reach_the_other_names_of_a_value(assert_equal, random_
 
     plain = random_model(Aliasing())
     fused = fuse(plain)
-    assert fusions(fused) == {"bn": "batch norm → ReLU"}
+    assert fusions(fused) == {"bn": "convolution → batch norm → ReLU"}
     assert_equal(plain, fused, X)
 
 
@@ -98,7 +98,9 @@ def test_changes_in_place_reach_the_other_names_of_a_value(assert_equal, random_
     ],
 )
 def test_what_is_not_the_pattern_is_left(add, reason, assert_equal, random_model) -> None:
-    plain = random_model(Block(add))
+    model = Block(add)
+    model.conv = nn.Identity()  # before which a batch norm alone gains nothing
+    plain = random_model(model)
     fused = fuse(plain)
     assert fusions(fused) == {"bn": reason}
     assert type(fused.bn) is nn.BatchNorm2d
@@ -108,6 +110,8 @@ def test_what_is_not_the_pattern_is_left(add, reason, assert_equal, random_model
 
 def test_an_addition_into_the_other_value_still_changes_that() -> None:
     model = Block(into_the_other)
+    assert fusions(model) == {"bn": "convolution → batch norm"}
+    model.conv = nn.Identity()
     assert fusions(model) == {"bn": "it is added in place to another value"}
     x = X.float()
     with torch.no_grad():
@@ -152,7 +156,7 @@ def test_the_end_of_a_module_is_fused_with_what_its_caller_does(assert_equal, ra
 
     plain = random_model(Caller())
     fused = fuse(plain)
-    assert fusions(fused) == {"branch.1.1": "batch norm → add → ReLU"}
+    assert fusions(fused) == {"branch.1.1": "convolution → batch norm → add → ReLU"}
     assert_equal(plain, fused, X)
     assert calls == ["add relu"]
     torch.testing.assert_close(fused.eval().branch(X), plain.eval().branch(X), rtol=1e-9, atol=1e-9)
@@ -172,7 +176,7 @@ def test_two_addends_whose_order_matters_to_the_running_statistics(assert_equal,
 
     plain = random_model(Twice())
     fused = fuse(plain)
-    assert fusions(fused) == {"bn": "it is called again before the addition; followed by sin"}
+    assert fusions(fused) == {"bn": "followed by add; followed by sin"}
     assert_equal(plain, fused, X)
 
 
@@ -181,7 +185,7 @@ def test_shared_modules(assert_equal, random_model, calls) -> None:
     plain = random_model(nn.Sequential(block, block, nn.Conv2d(4, 4, 1), block.bn, block.relu, block.bn))
     fused = fuse(plain)
     (layer,) = fusion_report(fused).layers
-    assert layer.fusions == ("batch norm → add → ReLU", "batch norm → ReLU")
+    assert layer.fusions == ("convolution → batch norm → ReLU", "convolution → batch norm → add → ReLU")
     assert layer.reason == "the model returns its output"
     assert fused[0] is fused[1]
     assert fused[0].bn is fused[3] is fused[5]
@@ -189,13 +193,26 @@ def test_shared_modules(assert_equal, random_model, calls) -> None:
     assert calls == ["add relu", "add relu", "relu"]
 
 
+class Shortcut(Block):
+    """The residual is known before the block's own branch is computed."""
+
+    def __init__(self, shortcut, add=torch.add) -> None:
+        super().__init__(add)
+        self.shortcut = shortcut
+
+    def forward(self, x):
+        residual = self.shortcut(x)
+        return self.relu(self.add(self.bn(self.conv(x)), residual))
+
+
 def test_a_residual_that_broadcasts_or_is_of_another_dtype_runs_plainly(random_model, calls) -> None:
-    plain = random_model(Block(lambda a, b: a + b.mean((2, 3), keepdim=True)))
+    plain = random_model(Shortcut(lambda x: x.mean((2, 3), keepdim=True)))
     fused = fuse(plain)
+    assert fusions(fused) == {"bn": "convolution → batch norm → add → ReLU"}
     torch.testing.assert_close(fused(X), plain(X), rtol=0, atol=0)
-    half = fuse(Block(lambda a, b: a + b.double()))
+    half = fuse(Shortcut(lambda x: x.double()))
     assert half(X.float()).dtype == torch.float64
-    grown = Block(lambda a, b: in_place(a, torch.stack([b, b])))
+    grown = Shortcut(lambda x: torch.stack([x, x]), in_place)
     for model in (grown, fuse(grown)):
         with pytest.raises(RuntimeError, match="doesn't match the broadcast shape"):
             model(X.float())
@@ -219,7 +236,7 @@ def test_data_dependent_control_flow_is_left_and_what_is_below_is_fused(assert_e
     plain = random_model(nn.Sequential(Branching()))
     fused = fuse(plain)
     found = fusions(fused)
-    assert found["0.block.bn"] == "batch norm → add → ReLU"
+    assert found["0.block.bn"] == "convolution → batch norm → add → ReLU"
     assert found["0.bn"].startswith("the forward of Branching 0 cannot be traced: TraceError: symbolically traced")
     assert_equal(plain, fused, X)
     assert calls == ["add relu"]
@@ -286,7 +303,7 @@ def test_a_forward_that_depends_on_the_training_flag_or_on_options(assert_equal,
 
     plain = random_model(Optional())
     fused = fuse(plain)
-    assert fusions(fused) == {"bn": "batch norm → ReLU"}
+    assert fusions(fused) == {"bn": "convolution → batch norm → ReLU"}
     for training in (True, False):
         assert_equal(plain.train(training), fused.train(training), X)
     torch.testing.assert_close(fused(X, scale=3.0), plain(X, 3.0), rtol=1e-9, atol=1e-9)
@@ -298,8 +315,8 @@ def test_hooks_see_what_they_saw(calls) -> None:
     plain[3].relu.register_full_backward_hook(lambda *_: None)
     assert fusions(fuse(plain)) == {
         "1": "it has hooks",
-        "3.bn": "batch norm → add",
-        "4.bn": "batch norm → add → ReLU",
+        "3.bn": "convolution → batch norm → add",
+        "4.bn": "convolution → batch norm → add → ReLU",
     }
     seen = []
     fused = fuse(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()).double())
@@ -321,3 +338,69 @@ def test_subclasses_and_synchronised_batch_norm_are_left() -> None:
         "2": "SyncBatchNorm has a forward of its own",
         "4": "LazyBatchNorm2d has a forward of its own",
     }
+
+
+class DropPath(nn.Module):
+    """As libraries write it, behind a function."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        if self.rate == 0.0 or not self.training:
+            return x
+        return x * x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(1 - self.rate)
+
+
+class NormAct(nn.BatchNorm2d):
+    """A batch norm that calls an activation, as libraries write it."""
+
+    def __init__(self, channels: int, act: nn.Module) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), act
+
+    def forward(self, x):
+        torch._assert(x.ndim == 4, f"expected 4 dimensions, got {x.ndim}")
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        tracked = not self.training or self.track_running_stats
+        mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
+        x = F.batch_norm(x, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps)
+        return self.act(self.drop(x))
+
+
+class Scaled(NormAct):
+    """Does more."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_what_other_libraries_put_into_a_block(assert_equal, random_model, calls) -> None:
+    def block(norm, rate: float) -> nn.Module:
+        model = Block()
+        model.bn = nn.Sequential(norm, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), DropPath(rate))
+        return model
+
+    model = nn.Sequential(
+        block(NormAct(4, nn.ReLU()), 0.0), block(NormAct(4, nn.Identity()), 0.0), block(Scaled(4, nn.ReLU()), 0.0)
+    )
+    plain = random_model(model)
+    fused = fuse(plain)
+    assert fusions(fused) == {
+        "0.bn.0": "convolution → batch norm → ReLU",
+        "0.bn.2": "convolution → batch norm → add → ReLU",
+        "1.bn.0": "convolution → batch norm",
+        "1.bn.2": "convolution → batch norm → add → ReLU",
+        "2.bn.0": "Scaled has a forward of its own",
+        "2.bn.2": "convolution → batch norm → add → ReLU",
+    }
+    for training in (True, False):
+        assert_equal(plain.train(training), fused.train(training), X)
+    assert calls == ["relu", "add relu", "", "add relu", "add relu"] * 2
+    calls.clear()
+    torch.manual_seed(0)
+    fused[0].bn[3].rate = 0.5  # it drops now, so the block's layers are called one by one
+    fused.train()(X)
+    assert calls == ["", "add relu", "add relu"]

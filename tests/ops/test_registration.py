@@ -128,7 +128,7 @@ def test_otherwise_the_kernels_are_called_directly(
     kernel = registration._kernel
 
     def recorded(*names: str) -> Any:
-        callers.append(sys._getframe(2).f_code.co_name)
+        callers.append(sys._getframe(1).f_code.co_name)
         return kernel(*names)
 
     monkeypatch.setattr(registration, "_kernel", recorded)
