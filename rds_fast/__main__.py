@@ -6,6 +6,7 @@ import codecs
 import io
 import os
 import sys
+from typing import Any
 
 from .training.extras import missing
 
@@ -13,6 +14,7 @@ from .training.extras import missing
 def main() -> None:
     """Run the command line. ``RDS_FAST_TRACEBACK=1`` shows where an error was raised."""
     _print_what_can_be_printed()
+    _outlive_readers()
     try:
         try:
             from .cli import app
@@ -36,6 +38,35 @@ def _print_what_can_be_printed() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         codecs.register_error("rds_fast.plainly", _plainly)
         sys.stdout.reconfigure(errors="rds_fast.plainly")
+
+
+def _outlive_readers() -> None:
+    """Go on where nobody reads what is printed, such as behind ``| head``: the results are in files, written last."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not getattr(sys, f"__{name}__"):  # another's, who put it there
+            continue
+        if stream is None:  # it was closed when Python started
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+            continue
+        raw = getattr(stream.buffer, "raw", stream.buffer)  # the same where Python does not buffer
+        if type(raw) is io.FileIO:
+            stream.flush()
+            outlasting = _Outlasting(raw.fileno(), "wb", closefd=False)
+            kept = ("encoding", "errors", "line_buffering", "write_through")
+            options = {option: getattr(stream, option) for option in kept}
+            buffer = outlasting if raw is stream.buffer else io.BufferedWriter(outlasting)
+            setattr(sys, name, io.TextIOWrapper(buffer, **options))
+
+
+class _Outlasting(io.FileIO):
+    """A pipe that takes and drops what is written after its reader has gone."""
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except BrokenPipeError:
+            return memoryview(content).nbytes
 
 
 # Signs of tables and sentences without which a figure would be another, or two models of one name; others become "?".

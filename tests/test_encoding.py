@@ -1,8 +1,9 @@
-"""The commands where text is not UTF-8: what cannot be printed is replaced, and every file is UTF-8 all the same."""
+"""The commands where text is not UTF-8 or nobody reads it: files are UTF-8, and whole, all the same."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import io
 import json
@@ -48,25 +49,62 @@ def run_elsewhere(commands: list[list[str]]) -> bytes:
     return process.stdout
 
 
-def test_commands_print_what_can_be_printed_and_write_utf8(tmp_path: Path) -> None:
+def test_commands_in_another_locale(tmp_path: Path, call: Call) -> None:
+    """They print what can be printed, write UTF-8, and find the paths and the classes of a run made in this locale."""
     for package in ("typer", "rich", "matplotlib", "safetensors"):
         pytest.importorskip(package, reason="needs the extra train")
-    out, page = tmp_path / "läufe", tmp_path / "läufe.html"
+    if importlib.util.find_spec("torchvision") is None:  # importing it here would change what the command meets
+        pytest.skip("needs torchvision")
+    images = image_files.write(tmp_path / "bücher")
+    for split in ("train", "val"):
+        (images / split / "green").rename(images / split / "grün")
+    train = ["train", "--data-root", images, "--data", "imagefolder", "--image-size", 16, "--model", "cnn"]
+    train += ["--epochs", 1, "--batch-size", 4, "--workers", 0, "--threads", 1, "--out"]
+    evaluate = ["--split", "validation", "--metrics", "accuracy,pgd", "--steps", 1, "--threads", 1]
     tiny = ["data=synthetic", "image_size=8", "classes=3", "train_size=24", "model=cnn", "epochs=1", "variant=density"]
-    tiny += ["--threads", "1"]
+    here, there, page = tmp_path / "here", tmp_path / "läufe", tmp_path / "läufe.html"
+    assert call(*train, here)[0] == 0
     commands = [
-        ["train", "block-mnist", *tiny, "--out", out],
-        ["evaluate", out, *["--split", "validation", "--metrics", "accuracy,pgd", "--steps", "1", "--threads", "1"]],
-        *(["compare", out, "--out", page], ["compare", out, "--csv"], ["compare", out, "--markdown"]),
+        *(["evaluate", here, *evaluate, "--no-page"], [*train, there], ["evaluate", there, *evaluate]),
+        *(["compare", there, "--out", page], ["compare", there, "--csv"], ["compare", there, "--markdown"]),
         *(["recipes"], ["doctor"]),
-        ["sweep", "block-mnist", *tiny, "weight=1", "evaluation.steps=1", "--out", tmp_path / "sweep"],
+        ["sweep", "block-mnist", *tiny, "weight=1", "evaluation.steps=1", "--threads", 1, "--out", tmp_path / "sweep"],
     ]
     output = run_elsewhere([[*map(str, command)] for command in commands]).decode("cp1252")
     assert "PGD Linf 0.1 ^ |" in output
     assert "density |grad log p|, lambda = 0.5" in output
-    for path in (out / "evaluation.html", page, out / "config.json", out / "metrics.jsonl", out / "evaluation.json"):
-        path.read_text(encoding="utf-8")
-    assert f">{out}<" in page.read_text(encoding="utf-8")  # as its bytes are, whatever the locale calls them
+    for name in ("evaluation.html", "config.json", "metrics.jsonl", "evaluation.json"):
+        (there / name).read_text(encoding="utf-8")
+    assert f">{there}<" in page.read_text(encoding="utf-8")  # as its bytes are, whatever the locale calls them
+    code, _, errors = call("evaluate", there, *evaluate, "--no-page")
+    assert code == 0, errors
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pipe's own error")
+@pytest.mark.parametrize("buffered", [True, False, None])
+def test_work_goes_on_where_nobody_reads(
+    buffered: bool | None, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind ``| head``, with or without ``python -u``, or where standard output was closed from the start."""
+    for package in ("typer", "rich", "safetensors"):
+        pytest.importorskip(package, reason="needs the extra train")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.ExitStack() as opened, monkeypatch.context() as patch:
+        for name in ("stdout", "stderr"):
+            stream = None
+            if buffered is not None:
+                raw = io.FileIO(os.dup(writer), "wb")
+                stream = opened.enter_context(io.TextIOWrapper(io.BufferedWriter(raw) if buffered else raw))
+            patch.setattr(sys, name, stream)
+            patch.setattr(sys, f"__{name}__", stream)
+        words = ("--image-size", 8, "--classes", 3, "--train-size", 24, "--model", "cnn", "--epochs", 2, "--threads", 1)
+        assert call("train", "--data", "synthetic", *words, "--out", tmp_path)[0] == 0
+        assert call("evaluate", tmp_path, "--metrics", "accuracy", "--split", "validation", "--no-page")[0] == 0
+        sys.stdout.close()
+        sys.stderr.close()
+    os.close(writer)
+    assert (tmp_path / "evaluation.json").exists()
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape", "xmlcharrefreplace"])
@@ -83,25 +121,6 @@ def test_what_has_no_sign_is_printed_plainly(errors: str, monkeypatch: pytest.Mo
     assert (b"5 - 8 +- ?" in stream.buffer.getvalue()) == (errors != "xmlcharrefreplace")
     expected = b"&#8711; log p" if errors == "xmlcharrefreplace" else b"density |grad log p|"
     assert expected in stream.buffer.getvalue()
-
-
-def test_a_folder_is_found_in_another_locale(tmp_path: Path, call: Call) -> None:
-    """A run keeps the path and the classes of its images as one locale has them, and is evaluated in the other."""
-    for package in ("typer", "rich", "safetensors"):
-        pytest.importorskip(package, reason="needs the extra train")
-    if importlib.util.find_spec("torchvision") is None:  # importing it here would change what the command meets
-        pytest.skip("needs torchvision")
-    images = image_files.write(tmp_path / "bücher")
-    for split in ("train", "val"):
-        (images / split / "green").rename(images / split / "grün")
-    train = ("--data-root", images, "--data", "imagefolder", "--image-size", 16, "--model", "cnn", "--epochs", 1)
-    train += ("--batch-size", 4, "--workers", 0, "--threads", 1, "--quiet", "--out")
-    evaluate = ("--split", "validation", "--metrics", "accuracy", "--no-page", "--threads", 1)
-    assert call("train", *train, tmp_path / "here")[0] == 0
-    elsewhere = (("evaluate", tmp_path / "here", *evaluate), ("train", *train, tmp_path / "there"))
-    run_elsewhere([[*map(str, command)] for command in elsewhere])
-    code, _, errors = call("evaluate", tmp_path / "there", *evaluate)
-    assert code == 0, errors
 
 
 def test_every_text_file_is_opened_with_its_encoding() -> None:
