@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import rds_fast
 from rds_fast import fast_double_backward, reference, use_backend
 
 
@@ -17,6 +18,15 @@ def test_logsumexp_is_torchs_and_accumulates_16_bit_in_float32() -> None:
     torch.testing.assert_close(reference.logsumexp(x, 1), torch.logsumexp(x, 1), rtol=0, atol=0)
     half = x.bfloat16()
     assert torch.equal(reference.logsumexp(half, 1), torch.logsumexp(half.float(), 1).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_results_under_autocast_have_the_precision_of_the_fused_ones(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 4).to(dtype)
+    with use_backend("reference"), torch.autocast("cpu", dtype=torch.bfloat16):
+        results = [rds_fast.logsumexp(x), rds_fast.gradient_norm(x)]
+        results += rds_fast.cross_entropy_with_logsumexp(x, torch.tensor([0, 1, 2]))
+    assert {each.dtype for each in results} == {reference.accumulation_dtype(dtype)}
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 0.5, 3.0])

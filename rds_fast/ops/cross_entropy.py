@@ -20,7 +20,7 @@ from .. import reference
 from ..backends import select
 from .function import Function
 from .inputs import can_be_read, check_number, check_rows
-from .logsumexp import LogSumExpBackward, full_precision, saved_logsumexp, with_unit_column_stride
+from .logsumexp import LogSumExpBackward, at_full_precision, full_precision, saved_logsumexp, with_unit_column_stride
 from .registration import derivative, register, third_derivative
 
 
@@ -208,7 +208,7 @@ def cross_entropy_with_logsumexp(
     elif not logits.is_cuda:
         check_class_indices(target, logits.shape[1], ignore_index)
     if backend == "reference" or logits.numel() == 0:
-        return reference.cross_entropy_with_logsumexp(logits, target, label_smoothing, ignore_index)
+        return reference.cross_entropy_with_logsumexp(at_full_precision(logits), target, label_smoothing, ignore_index)
     if target.is_floating_point():
         target = with_unit_column_stride(target.to(reference.accumulation_dtype(logits.dtype)))
     else:

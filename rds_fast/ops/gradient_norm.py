@@ -22,7 +22,7 @@ from .. import reference
 from ..backends import select
 from .function import Function
 from .inputs import check_number, check_rows
-from .logsumexp import full_precision, with_unit_column_stride
+from .logsumexp import at_full_precision, full_precision, with_unit_column_stride
 from .registration import derivative, register, third_derivative
 
 
@@ -149,7 +149,7 @@ def gradient_norm(gradient: Tensor, p: float = 2.0, *, power: float = 1) -> Tens
     p, power = check_norm(p, power)
     backend = select(gradient)
     if backend == "reference" or gradient.numel() == 0:
-        return reference.gradient_norm(gradient, p, power)
+        return reference.gradient_norm(at_full_precision(gradient), p, power)
     # A norm does not depend on the order of the elements, so a channels-last gradient need not be copied into rows.
     rows = gradient.reshape(gradient.shape[0], -1) if gradient.is_contiguous() else _rows(gradient)
     return derivative(GradientNorm, rows, p, power, full_precision(gradient), backend)[0]

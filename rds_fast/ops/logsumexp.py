@@ -146,6 +146,11 @@ def full_precision(x: Tensor) -> bool:
     return accumulation_dtype(x.dtype) != x.dtype and autocast_enabled(x.device)
 
 
+def at_full_precision(x: Tensor) -> Tensor:
+    """An input for the plain formula, whose result has its dtype."""
+    return x.float() if full_precision(x) else x
+
+
 def logsumexp(input: Tensor, dim: int | tuple[int, ...] = -1, keepdim: bool = False) -> Tensor:
     """The logarithm of the sum of exponentials of ``input`` over ``dim``.
 
@@ -173,7 +178,7 @@ def logsumexp(input: Tensor, dim: int | tuple[int, ...] = -1, keepdim: bool = Fa
     dims = (dim,) if type(dim) is int else _dims(dim)
     backend = select(input)
     if backend == "reference" or input.numel() == 0:
-        return reference.logsumexp(input, dims, keepdim)
+        return reference.logsumexp(at_full_precision(input), dims, keepdim)
     # The common case, on the short path.
     if input.dim() == 2 and dims in ((-1,), (1,)) and not keepdim:
         return derivative(LogSumExp, with_unit_column_stride(input), full_precision(input), backend)[0]
