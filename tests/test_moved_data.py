@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -115,6 +116,15 @@ def test_other_data_of_the_same_size_are_refused(run: Path, call: Call, tmp_path
     code, _, errors = call("evaluate", run, *EVALUATE, "--data-root", other)
     assert code == 1
     assert "class_names of these data is ['cyan', 'green', 'red'] and was ['blue', 'green', 'red'] in the" in errors
+
+
+def test_a_run_that_cannot_be_written_into_is_not_measured(
+    run: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: (Path(path), mode) != (run, os.W_OK))
+    code, _, errors = call("evaluate", run, *EVALUATE)
+    assert code == 1
+    assert errors.startswith(f"error: the folder {run} cannot be written into, and evaluation.json belongs there; copy")
 
 
 def test_a_place_without_effect_is_named(call: Call, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -106,11 +107,17 @@ def evaluate_run(
 
     Raises:
         FileNotFoundError: there is no finished run in the folder, or a data file is missing.
+        PermissionError: the folder cannot be written into.
         ValueError: the split is unknown, a metric that was named does not fit the data, or a file is damaged.
     """
     check_name("split", split, SPLITS)
     resolved = resolve_device(device)
     model, config = runs.load_model(run_dir, resolved)
+    if not os.access(run_dir, os.W_OK):  # said now, not when everything is measured
+        raise PermissionError(
+            f"the folder {run_dir} cannot be written into, and {runs.EVALUATION} belongs there; copy the run to where "
+            "it can, or change the folder's permissions"
+        )
     config = dataclasses.replace(config, **(place or {}))
     splits = splits or runs.load_data(run_dir, config)
     runs.check_same_classes(run_dir, getattr(splits, split))
