@@ -163,5 +163,5 @@ def weights_of_classes(text: str) -> tuple[float, ...] | None:
         pass
     raise ValueError(
         f"class_weights is {text!r}; it must be none, balanced, or a positive number for each class, joined by commas, "
-        "such as 1,2.5"
+        "such as 1,2.5 (in a sweep, where commas divide candidates, by colons)"
     )

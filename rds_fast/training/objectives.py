@@ -155,7 +155,7 @@ def _class_weights(config: TrainingConfig, training: Split, device: torch.device
         if len(listed) != training.classes:
             raise ValueError(
                 f"class_weights is {config.class_weights!r}, {len(listed)} numbers, and the data {config.data} have "
-                f"{training.classes} classes; give a number for each"
+                f"{training.classes} classes; give a number for each, joined by commas (in a sweep by colons)"
             )
         return torch.tensor(listed, device=device)
     counts = training.labels.bincount(minlength=training.classes).float()

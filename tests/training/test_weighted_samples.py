@@ -142,7 +142,8 @@ def test_data_without_groups_and_wrong_weights(splits: Splits, tmp_path: Path) -
         (
             dataclasses.replace(SMALL, class_weights="1,2"),
             splits,
-            "class_weights is '1,2', 2 numbers, and the data synthetic have 3 classes; give a number for each",
+            "class_weights is '1,2', 2 numbers, and the data synthetic have 3 classes; give a number for each, joined "
+            r"by commas \(in a sweep by colons\)",
         ),
     ):
         with pytest.raises(ValueError, match=message):
