@@ -127,6 +127,11 @@ def test_a_run_that_cannot_be_written_into_is_not_measured(
     assert errors.startswith(f"error: the folder {run} cannot be written into, and evaluation.json belongs there; copy")
 
 
+def test_an_empty_root_is_not_this_folder(call: Call, tmp_path: Path) -> None:
+    code, _, errors = call("train", "--data", "imagefolder", "--data-root", "", "--out", tmp_path / "run")
+    assert (code, errors) == (1, "error: data_root is empty; give a folder (. is this one), or leave it out\n")
+
+
 def test_a_place_without_effect_is_named(call: Call, tmp_path: Path) -> None:
     small = ("--image-size", 8, "--classes", 3, "--train-size", 24, "--model", "cnn", "--epochs", 1, "--quiet")
     assert call("train", "--out", tmp_path / "run", "--data", "synthetic", *small, "--threads", 1)[0] == 0

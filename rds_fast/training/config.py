@@ -241,5 +241,11 @@ PATHS = tuple(name for name, field in FIELDS.items() if field.metadata["path"])
 
 
 def as_meant(name: str, value: Any) -> Any:
-    """A setting's value as it is kept: a path is absolute."""
+    """A setting's value as it is kept: a path is absolute.
+
+    Raises:
+        ValueError: a path is empty, which is mostly a variable of the shell that is not set.
+    """
+    if name in PATHS and value == "":
+        raise ValueError(f"{name} is empty; give a folder (. is this one), or leave it out")
     return absolute(value) if name in PATHS and isinstance(value, str) else value
