@@ -165,7 +165,7 @@ def test_missing(name: str, change: Change, message: str, tmp_path: Path, monkey
         (
             "tiny-imagenet",
             cut_last_line(f"{TINY}/val/val_annotations.txt"),
-            r"val_annotations\.txt does not name .*val_3\.JPEG; expected a line for each image in .*val\.",
+            r"val_annotations\.txt does not name .*val_3\.JPEG; expected a line for each image in .*val/images\.",
         ),
         (
             "tiny-imagenet",

@@ -12,7 +12,7 @@ import functools
 from pathlib import Path
 
 from ..extras import require_torchvision
-from .files import base, first_of, listed
+from .files import listed, located
 from .image_files import ImageFiles, image_files, stretched
 from .images import Splits
 from .lists import Row, read_lines, read_table
@@ -47,8 +47,7 @@ def load(request: Request) -> Splits:
     """
     datasets = require_torchvision("torchvision.datasets", "CelebA")
     root = request.folder(SOURCE, nested=_FOLDER)
-    folder = base(root, _FOLDER, *_ATTRIBUTES)
-    needed = [first_of(folder, names) for names in (_ATTRIBUTES, _PARTITION, _IMAGES)]
+    needed = located(root, _FOLDER, _ATTRIBUTES, _PARTITION, _IMAGES)
     obtain(request, SOURCE, root, dict.fromkeys(needed), functools.partial(datasets.CelebA, root, download=True))
     attributes, partition, images = needed
     looks, parts = _looks(attributes), _parts(partition)
@@ -82,7 +81,7 @@ def _split(samples: dict[str, tuple[int, int]], request: Request) -> ImageFiles:
 def _looks(path: Path) -> dict[str, tuple[int, int] | None]:
     """Hair colour and gender of each image, None where there is no single colour."""
     damaged = functools.partial(SOURCE.damaged, path)
-    rows = read_table(path, (_IMAGE, *_NEEDED), damaged) if path.suffix == ".csv" else _rows_of_text(path)
+    rows = read_table(path, (_IMAGE, *_NEEDED), damaged) if path.suffix.lower() == ".csv" else _rows_of_text(path)
     found: dict[str, tuple[int, int] | None] = {}
     for number, row in rows:
         for name in _NEEDED:
@@ -115,7 +114,7 @@ def _rows_of_text(path: Path) -> list[Row]:
 
 def _parts(path: Path) -> dict[str, str]:
     """The split of each image: 0 is training, 1 validation, 2 test."""
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         rows = read_table(path, (_IMAGE, "partition"), functools.partial(SOURCE.damaged, path))
         lines = [(number, [row[_IMAGE], row["partition"]]) for number, row in rows]
     else:

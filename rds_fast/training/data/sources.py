@@ -81,8 +81,9 @@ class Request:
             root.mkdir(parents=True, exist_ok=True)
         if not root.is_dir():
             raise FileNotFoundError(f"the data root {root} is not a folder; expected one that holds {source.holds}")
-        is_nested = root.resolve().name == nested and not (root / nested).exists()
-        return root.resolve().parent if is_nested else root
+        names = (root.absolute(), root.resolve())  # of a link, and of what it leads to
+        here = None if (root / nested).exists() else next((path for path in names if path.name == nested), None)
+        return root if here is None else here.parent
 
 
 def check_root(source: Source, root: object) -> None:

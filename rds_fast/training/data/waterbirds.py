@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from .files import base, listed
+from .files import listed, located
 from .image_files import ImageFiles, image_files, middle_crop
 from .images import Splits
 from .lists import read_table
@@ -34,12 +34,11 @@ def load(request: Request) -> Splits:
         ImportError: torchvision is not installed.
     """
     root = request.folder(SOURCE)
-    folder = base(root, _FOLDER, _METADATA)
-    metadata = folder / _METADATA
+    [metadata] = located(root, _FOLDER, (_METADATA,))
     if not metadata.is_file():
         raise SOURCE.missing([metadata], root)
     rows = _rows(metadata)
-    paths = listed(SOURCE, metadata, [row["img_filename"] for row in rows], folder, root)
+    paths = listed(SOURCE, metadata, [row["img_filename"] for row in rows], metadata.parent, root)
     parts = [
         [(path, row) for path, row in zip(paths, rows, strict=True) if row["split"] == part]
         for part in _VALUES["split"]
