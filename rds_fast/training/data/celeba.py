@@ -16,7 +16,7 @@ from .files import listed, located
 from .image_files import ImageFiles, image_files, stretched
 from .images import Splits
 from .lists import Row, read_lines, read_table
-from .sources import Request, Source, obtain
+from .sources import Request, Source, check_splits, obtain
 
 _FOLDER = "celeba"
 # Where torchvision, the authors' archive and Kaggle's have the lists and the images.
@@ -41,7 +41,7 @@ def load(request: Request) -> Splits:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a list is damaged.
+        ValueError: a list is damaged, or a split is empty.
         OSError: the download failed.
         ImportError: torchvision is not installed.
     """
@@ -57,12 +57,9 @@ def load(request: Request) -> Splits:
         raise SOURCE.damaged(path, f"does not name {name}", f"the images that {other.name} names")
     coloured = {name: sample for name, sample in looks.items() if sample is not None}
     paths = dict(zip(coloured, listed(SOURCE, attributes, list(coloured), images, root, complete=False), strict=True))
-    return Splits(
-        *(
-            _split({paths[name]: coloured[name] for name in coloured if parts[name] == part}, request)
-            for part in ("0", "1", "2")
-        )
-    )
+    splits = [{paths[name]: coloured[name] for name in coloured if parts[name] == part} for part in ("0", "1", "2")]
+    check_splits(SOURCE, partition, splits)
+    return Splits(*(_split(samples, request) for samples in splits))
 
 
 def _split(samples: dict[str, tuple[int, int]], request: Request) -> ImageFiles:

@@ -163,7 +163,7 @@ def listed(
                 taken.add(there[0])
     absent = [name for name in names if name not in means]
     if absent:
-        raise source.missing([folder / name for name in absent], root)
+        raise source.missing([folder / name for name in absent], root, table)
     if not names:
         raise source.damaged(table, "names no image", f"a line for each image in {folder}")
     taken, shapes = set(means.values()), set(map(_shape, means.values()))

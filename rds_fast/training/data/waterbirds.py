@@ -9,7 +9,7 @@ from .files import listed, located
 from .image_files import ImageFiles, image_files, middle_crop
 from .images import Splits
 from .lists import read_table
-from .sources import Request, Source
+from .sources import Request, Source, check_splits
 
 _FOLDER, _METADATA = "waterbird_complete95_forest2water2", "metadata.csv"
 SOURCE = Source(
@@ -43,8 +43,7 @@ def load(request: Request) -> Splits:
         [(path, row) for path, row in zip(paths, rows, strict=True) if row["split"] == part]
         for part in _VALUES["split"]
     ]
-    if not all(parts):
-        raise SOURCE.damaged(metadata, f"holds no image of split {parts.index([])}", "images of the splits 0, 1 and 2")
+    check_splits(SOURCE, metadata, parts)
     return Splits(*(_split(part, request) for part in parts))
 
 
