@@ -134,6 +134,7 @@ def test_a_test_set_without_labels_is_refused_with_a_remedy(tmp_path: Path) -> N
     root = folder(tmp_path)
     (root / "test").mkdir()
     image_files.write_picture(root / "test/0.png", (9, 9, 9))
+    (root / "testing").write_text("a file that is no split")
     with pytest.raises(
         FileNotFoundError, match=r"test holds no folders; .* without labels .* rename the folder or move"
     ):
@@ -351,6 +352,7 @@ def flat_train(root: Path) -> None:
         ("tiny-imagenet", lambda root: rename_suffix(root, ".JPEG", ".jpg", lists=False)),
         ("flowers102", lambda root: rename_suffix(root, ".jpg", ".JPG")),
         ("flowers102", lambda root: beside(root / "flowers-102", "jpg")),
+        ("flowers102", twice_nested("flowers-102")),
     ],
 )
 def test_the_same_data_in_another_layout(

@@ -27,7 +27,7 @@ def read_picture(path: str, transform: Transform) -> Tensor:
 
     The picture is as a viewer shows it: turned and mirrored as its EXIF data say, and on white where it is transparent.
     Grey of 16 bits is scaled from [0, 65535], grey of floating-point numbers from [0, 1]. Where nothing says which
-    number is white (integers of 32 bits, numbers outside [0, 1]) the file is refused.
+    number is white (integers of 32 bits or with sign, numbers outside [0, 1]) the file is refused.
 
     Raises:
         ValueError: there is no such picture in the file; the message names it.

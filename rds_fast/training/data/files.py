@@ -82,6 +82,12 @@ def located(root: Path, nested: str, *needed: Sequence[str]) -> list[Path]:
     return [path or folder / names[0] for path, names in zip(there(folder), needed, strict=True)]
 
 
+def torchvision_root(root: Path, nested: str, *names: str) -> Path:
+    """The folder that torchvision, which looks for ``nested`` in it, is to be given, wherever in the root that lies."""
+    folder = located(root, nested, *([name] for name in names))[0].parent
+    return folder.parent if folder.name == nested else root
+
+
 class Files:
     """Paths, which can be found by their ends."""
 

@@ -30,12 +30,13 @@ def load(request: Request) -> Splits:
         ImportError: torchvision is not installed.
     """
     root = request.folder(SOURCE)
-    found = {name: find(root, *names) for name, names in SPLIT_FOLDERS.items()}
-    absent = [name for name in ("train", "val") if found[name] is None]
+    places = {name: find(root, *names) for name, names in SPLIT_FOLDERS.items()}
+    found = {name: place for name, place in places.items() if place is not None and place.is_dir()}
+    absent = [name for name in ("train", "val") if name not in found]
     if absent:
         raise FileNotFoundError(f"{root} holds no folder {' and no folder '.join(absent)}; expected {SOURCE.holds}")
     passed_over: Counter[str] = Counter()
-    splits = {name: _listed(folder, request, passed_over) for name, folder in found.items() if folder is not None}
+    splits = {name: _listed(folder, request, passed_over) for name, folder in found.items()}
     for name, split in splits.items():
         _check_same_classes(root, splits["train"], name, split)
     say_passed_over(SOURCE, passed_over)
