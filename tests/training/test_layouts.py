@@ -134,11 +134,13 @@ def test_a_test_set_without_labels_is_refused_with_a_remedy(tmp_path: Path) -> N
     root = folder(tmp_path)
     (root / "test").mkdir()
     image_files.write_picture(root / "test/0.png", (9, 9, 9))
-    (root / "testing").write_text("a file that is no split")
     with pytest.raises(
         FileNotFoundError, match=r"test holds no folders; .* without labels .* rename the folder or move"
     ):
         load("imagefolder", root)
+    shutil.rmtree(root / "test")
+    (root / "test").write_text("a file is no split")
+    assert len(load("imagefolder", root).test) == 0
 
 
 def test_one_class_is_refused_where_labels_count(tmp_path: Path) -> None:

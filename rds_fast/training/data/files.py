@@ -52,8 +52,8 @@ def folders(folder: Path, passed_over: Counter[str] | None = None) -> list[Path]
 def find(folder: Path, *names: str) -> Path | None:
     """What has one of some names below a folder, the earlier before the later; else one of them but for capitals."""
     named = (folder / name for name in names)
-    spelt = (path for name in names for path in _but_for_capitals(folder, Path(name).parts))
-    return next((path for path in itertools.chain(named, spelt) if path.exists()), None)
+    loosely = (path for name in names for path in _but_for_capitals(folder, Path(name).parts))
+    return next((path for path in itertools.chain(named, loosely) if path.exists()), None)
 
 
 def _but_for_capitals(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
@@ -214,14 +214,14 @@ def _ending(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def readable(name: str) -> str:
+def spelt(name: str) -> str:
     """A name as it is read, however a system wrote it: macOS takes accents from letters, old names are not in UTF-8."""
     return name if name.isascii() else unicodedata.normalize("NFC", decode(name.encode("utf-8", "surrogateescape")))
 
 
 def _parts(path: str) -> tuple[str, ...]:
     """The folders and the name."""
-    return tuple(part for part in readable(path).replace("\\", "/").split("/") if part not in ("", "."))
+    return tuple(part for part in spelt(path).replace("\\", "/").split("/") if part not in ("", "."))
 
 
 def _end(parts: tuple[str, ...], loosely: bool) -> tuple[str, ...]:

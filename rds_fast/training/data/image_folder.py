@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .files import SPLIT_FOLDERS, counted, files, find, folders, pictures, readable, say_passed_over
+from .files import SPLIT_FOLDERS, counted, files, find, folders, pictures, say_passed_over, spelt
 from .image_files import ImageFiles, image_files, middle_crop
 from .images import Splits
 from .sources import Request, Source, few
@@ -48,7 +48,7 @@ def _listed(folder: Path, request: Request, passed_over: Counter[str]) -> ImageF
     """The pictures of each class; ``passed_over`` counts the other files."""
     classes: dict[str, list[Path]] = {}  # more than one folder where systems write one name in different bytes
     for each in folders(folder, passed_over):
-        classes.setdefault(readable(each.name), []).append(each)
+        classes.setdefault(spelt(each.name), []).append(each)
     if not classes:
         raise FileNotFoundError(
             f"{folder} holds no folders; expected one for each class, with its images in it. Images without labels are "
