@@ -12,6 +12,7 @@ import torch
 from ..training import runs
 from ..training.checkpoints import write_atomically
 from ..training.config import TrainingConfig
+from ..training.data.lists import read_text
 from .results import Evaluation
 from .settings import EvaluationSettings
 
@@ -87,7 +88,7 @@ def read(run_dir: str | Path) -> Record:
         runs.read_config(Path(run_dir))  # which says so where there is no run at all
         raise FileNotFoundError(f"the run in {run_dir} was not evaluated; 'rds-fast evaluate {run_dir}' does that")
     try:
-        return Record.from_json(json.loads(path.read_text(encoding="utf-8")))
+        return Record.from_json(json.loads(read_text(path)))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged or of another version ({error!r}); 'rds-fast evaluate {run_dir}' writes it again"

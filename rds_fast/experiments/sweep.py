@@ -20,6 +20,7 @@ from ..evaluation.settings import ALL, EvaluationSettings
 from ..training import data, runs
 from ..training.checkpoints import write_atomically
 from ..training.config import FIELDS, PATHS, PLACE, TrainingConfig, as_meant
+from ..training.data.lists import read_text
 from ..training.devices import cpu_threads, resolve_device
 from ..training.loop import NonFiniteError, train
 from ..training.processes import alone
@@ -249,10 +250,7 @@ def read(path: Path) -> Record:
     Raises:
         ValueError: it is damaged, or of another version.
     """
-    try:
-        return parse(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error!r}); move it away, or give another --out") from error
+    return parse(read_text(path), str(path))
 
 
 def parse(content: str, shown: str) -> Record:

@@ -27,6 +27,7 @@ from torch import nn
 from . import checkpoints, data, models
 from .checkpoints import TEMPORARY
 from .config import TrainingConfig
+from .data.lists import read_text
 from .names import readable
 from .processes import LOCK
 
@@ -114,7 +115,7 @@ def _write(run_dir: Path, content: Mapping[str, Any]) -> None:
 
 def keep_place(run_dir: Path, config: TrainingConfig) -> None:
     """Note in config.json where a run goes on: what reads it later has to find the data there."""
-    content = json.loads((run_dir / CONFIG).read_text(encoding="utf-8"))
+    content = json.loads(read_text(run_dir / CONFIG))
     settings = json.loads(config.to_json())
     if content["settings"] != settings:
         _write(run_dir, content | {"settings": settings})
@@ -144,14 +145,14 @@ def _content(run_dir: Path) -> dict[str, Any]:
             f"{run_dir} holds no run: there is no {CONFIG}; 'rds-fast train --out {run_dir}' makes one"
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         return {
             "settings": dict(content["settings"]),
             "data": dict(content.get("data", _UNDESCRIBED)),
             "identity": dict(content.get("identity", {})),
             "evaluation": dict(content.get("evaluation", {})),
         }
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged ({error!r}); expected the settings of a run. Restore it, from another run of the same "
             "settings if need be, or start the run again in an empty folder"
@@ -286,7 +287,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in read_text(path).split("\n"):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -116,7 +116,11 @@ BIRDS = "waterbird_complete95_forest2water2"
         ("celeba-hair", remove("celeba/list_attr_celeba.txt"), r"list_attr_celeba\.txt is missing; celeba-hair needs"),
         ("celeba-hair", remove("celeba/img_align_celeba/000003.jpg"), r"img_align_celeba/000003\.jpg is missing"),
         ("waterbirds", remove(f"{BIRDS}/metadata.csv"), r"metadata\.csv is missing; .* Get the files from https://nlp"),
-        ("waterbirds", remove(f"{BIRDS}/005.Bird/Bird_5.jpg"), r"005\.Bird/Bird_5\.jpg is missing"),
+        (
+            "waterbirds",
+            remove(f"{BIRDS}/005.Bird/Bird_5.jpg"),
+            r"005\.Bird/Bird_5\.jpg is missing; .*, and all files that .*metadata\.csv names\. Get",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -165,7 +169,7 @@ def test_missing(name: str, change: Change, message: str, tmp_path: Path, monkey
         (
             "tiny-imagenet",
             cut_last_line(f"{TINY}/val/val_annotations.txt"),
-            r"val_annotations\.txt does not name .*val_3\.JPEG; expected a line for each image in .*val\.",
+            r"val_annotations\.txt does not name .*val_3\.JPEG; expected a line for each image in .*val/images\.",
         ),
         (
             "tiny-imagenet",
@@ -302,13 +306,20 @@ def test_pickles_that_were_changed_are_not_opened(tmp_path: Path) -> None:
         load("cifar10", tmp_path)
 
 
-def test_splits_of_waterbirds_may_not_be_empty(tmp_path: Path) -> None:
-    metadata = data_files.waterbirds(tmp_path) / BIRDS / "metadata.csv"
-    metadata.write_text(metadata.read_text().replace(",2,", ",1,"))
+@pytest.mark.parametrize(
+    ("name", "path", "old", "new"),
+    [
+        ("waterbirds", f"{BIRDS}/metadata.csv", ",2,", ",1,"),
+        ("celeba-hair", "celeba/list_eval_partition.txt", "jpg 2", "jpg 1"),
+    ],
+)
+def test_a_split_may_not_be_empty(name: str, path: str, old: str, new: str, tmp_path: Path) -> None:
+    table = data_files.WRITERS[name](tmp_path) / path
+    table.write_text(table.read_text().replace(old, new))
     with pytest.raises(
-        ValueError, match=r"metadata\.csv holds no image of split 2; expected images of the splits 0, 1"
+        ValueError, match=rf"{table.name} holds no image of split 2; expected images of the splits 0, 1"
     ):
-        load("waterbirds", tmp_path)
+        load(name, tmp_path)
 
 
 def test_too_few_samples_to_hold_some_out(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def save(image: Any, name: str, **options: Any) -> Callable[[Path], Path]:
         image.save(folder / name, **options)
         return folder / name
 
+    write.__name__ = f"{image.mode} {name}"  # the test's, the same in every process
     return write
 
 
@@ -64,6 +66,16 @@ def tiff_of_twelve_bits() -> bytes:
     entries = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: 1, 279: 3}
     directory = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in entries.items())
     return b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + struct.pack("<I", 0) + b"\x00\x0f\xff"
+
+
+def png_of_two_bits(transparent: int) -> bytes:
+    """A row of the four greys from black to white, of which one is declared transparent; Pillow writes none such."""
+
+    def chunk(kind: bytes, held: bytes) -> bytes:
+        return struct.pack(">I", len(held)) + kind + held + struct.pack(">I", zlib.crc32(kind + held))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 1, 2, 0, 0, 0, 0)) + chunk(b"tRNS", struct.pack(">H", transparent))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0\x1b")) + chunk(b"IEND", b"")
 
 
 GREY = Image.fromarray(BYTES)
@@ -92,7 +104,6 @@ WRITES_YCBCR = pytest.mark.skipif(int(Image.__version__.partition(".")[0]) < 13,
         save(Image.fromarray(RAMP.astype(np.float32)), "0.tif"),
         save(Image.fromarray(RAMP.astype(np.float32)), "0.pfm"),
     ],
-    ids=lambda write: str(write.__closure__[0].cell_contents),
 )
 def test_a_ramp_of_grey_arrives_in_every_mode(write: Callable[[Path], Path], tmp_path: Path) -> None:
     pixels = read(write(tmp_path))
@@ -139,6 +150,10 @@ def test_what_is_transparent_is_on_white(
     assert read(save(image, "0.png", **options)(tmp_path))[0, :, 0].tolist() == expected
 
 
+def test_a_grey_of_two_bits_may_be_transparent(tmp_path: Path) -> None:
+    assert read(content("0.png", png_of_two_bits(1))(tmp_path))[0, :, 0].tolist() == [0, 255, 170, 255]
+
+
 # How a picture lies in its file, for each orientation that EXIF gives it.
 LYING = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -172,6 +187,20 @@ def test_pictures_are_upright(ending: str, options: dict[str, Any], orientation:
     pixels = read(save(lying, f"0.{ending}", exif=exif, **options)(tmp_path))
     assert pixels.shape == UPRIGHT.shape
     assert np.abs(pixels.astype(int) - UPRIGHT).max() < 60  # as JPEG leaves it at the edges
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "F"])
+def test_a_tiff_of_every_mode_is_upright(mode: str, compression: str | None, tmp_path: Path) -> None:
+    """Pillow 13 maps the uncompressed ones of most modes into memory, in rows of the turned picture's width."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    images = {"I;16": WORD, "F": Image.fromarray(RAMP.astype(np.float32))}
+    upright = images.get(mode, GREY.convert(mode if mode in ("L", "RGBA", "CMYK") else "L")).crop((0, 0, 6, 8))
+    if mode == "P":
+        upright = upright.quantize(64)
+    path = save(upright.transpose(LYING[6]), "0.tif", exif=exif, compression=compression)(tmp_path)
+    assert np.abs(read(path).astype(int) - BYTES[:, :6, None]).max() <= 1
 
 
 def test_an_orientation_may_stand_in_xmp(tmp_path: Path) -> None:
@@ -210,11 +239,12 @@ def cut(name: str, kept: float) -> Callable[[Path], Path]:
         (save(FLOATS, "0.tif"), r"its values are floating-point numbers from 0\.0 to 255\.0; expected \[0, 1\]\)"),
         (save(NAN, "0.tif"), "floating-point numbers from nan to nan; expected"),
         (save(WHOLE, "0.tif"), r"its values are integers \(Pillow's mode I\), and nothing says which of them is white"),
+        (save(GREY, "0.tif", tiffinfo=tags(339, 2)), r"its values are integers \(Pillow's mode L\), and nothing"),
         (HUGE, r"Image size \(10000000000 pixels\) exceeds.*\); scale it down"),
         *((cut(f"0.{ending}", 0.6), "; replace") for ending in CUT),
         (cut("0.jpg", 0), "cannot identify image file"),
     ],
-    ids=["floats", "NaN", "whole numbers", "too large", *CUT, "empty"],
+    ids=["floats", "NaN", "whole numbers", "with sign", "too large", *CUT, "empty"],
 )
 def test_what_is_refused_is_named(write: Callable[[Path], Path], message: str, tmp_path: Path) -> None:
     path = write(tmp_path)

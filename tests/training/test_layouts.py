@@ -130,6 +130,19 @@ def test_splits_may_be_called_otherwise(names: tuple[str, str], tmp_path: Path) 
         assert same(load("imagefolder", root), expected)
 
 
+def test_a_test_set_without_labels_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    root = folder(tmp_path)
+    (root / "test").mkdir()
+    image_files.write_picture(root / "test/0.png", (9, 9, 9))
+    with pytest.raises(
+        FileNotFoundError, match=r"test holds no folders; .* without labels .* rename the folder or move"
+    ):
+        load("imagefolder", root)
+    shutil.rmtree(root / "test")
+    (root / "test").write_text("a file is no split")
+    assert len(load("imagefolder", root).test) == 0
+
+
 def test_one_class_is_refused_where_labels_count(tmp_path: Path) -> None:
     root = folder(tmp_path)
     for split in ("train", "val"):
@@ -227,21 +240,45 @@ def kaggle_gtsrb(root: Path) -> None:
     shutil.rmtree(base)
 
 
+def kaggle_gtsrb_in_small_letters(root: Path) -> None:
+    kaggle_gtsrb(root)
+    for path in [root / name for name in ("Train", "Test", "Train.csv", "Test.csv")]:
+        path.rename(path.with_name(path.name.lower()))
+
+
+def move(name: str, new: str) -> Callable[[Path], object]:
+    """A file or folder of the root, to another name below it."""
+
+    def change(root: Path) -> None:
+        (root / name).rename(root / "moved")
+        (root / new).parent.mkdir(parents=True, exist_ok=True)
+        (root / "moved").rename(root / new)
+
+    return change
+
+
+def in_turn(*changes: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda root: [change(root) for change in changes] and None
+
+
 def final_gtsrb(root: Path) -> None:
     (root / "gtsrb/GTSRB/Final_Training").mkdir()
     (root / "gtsrb/GTSRB/Training").rename(root / "gtsrb/GTSRB/Final_Training/Images")
 
 
-def sorted_val(inner: str, keep_list: bool) -> Callable[[Path], object]:
+def sorted_val(
+    inner: str, keep_list: bool, to: str = "val", put: Callable[..., object] = shutil.move
+) -> Callable[[Path], object]:
     """Tiny ImageNet's val in folders of classes, as most scripts leave it."""
 
     def change(root: Path) -> None:
         val = root / TINY / "val"
         for line in (val / "val_annotations.txt").read_text().splitlines():
             name, wnid = line.split("\t")[:2]
-            (val / wnid / inner).mkdir(parents=True, exist_ok=True)
-            (val / "images" / name).rename(val / wnid / inner / name)
-        (val / "images").rmdir()
+            (root / TINY / to / wnid / inner).mkdir(parents=True, exist_ok=True)
+            put(val / "images" / name, root / TINY / to / wnid / inner / name)
+        if not any((val / "images").iterdir()):
+            (val / "images").rmdir()
         if not keep_list:
             (val / "val_annotations.txt").unlink()
 
@@ -266,23 +303,58 @@ def flat_train(root: Path) -> None:
         ("waterbirds", lambda root: rename_suffix(root, ".jpg", ".jpeg", lists=False)),
         ("waterbirds", unlisted(f"{BIRDS}/montage.jpg", f"{BIRDS}/000.Bird/montage.jpg")),
         ("waterbirds", twice_nested(BIRDS)),
+        ("waterbirds", move(BIRDS, "waterbirds_v1.0")),
+        ("waterbirds", lambda root: (root / BIRDS / "000.Bird/loop").symlink_to("loop")),
+        ("cifar10", twice_nested("cifar-10-batches-py")),
+        ("cifar10", move("cifar-10-batches-py", "cifar-10-python/cifar-10-batches-py")),
+        (
+            "svhn",
+            in_turn(move("train_32x32.mat", "SVHN/train_32x32.mat"), move("test_32x32.mat", "SVHN/test_32x32.mat")),
+        ),
         ("celeba-hair", kaggle_celeba),
+        (
+            "celeba-hair",
+            in_turn(
+                kaggle_celeba,
+                lambda root: root.rename(root.parent / "celeba"),
+                lambda root: root.mkdir(),
+                lambda root: (root.parent / "celeba").rename(root / "archive"),
+            ),
+        ),
+        ("celeba-hair", move("celeba", "CelebA")),
         ("celeba-hair", authors_celeba),
         ("celeba-hair", lambda root: beside(root / "celeba", "img_align_celeba")),
         ("celeba-hair", lambda root: rename_suffix(root, ".jpg", ".png", lists=False)),
         ("gtsrb", kaggle_gtsrb),
+        ("gtsrb", kaggle_gtsrb_in_small_letters),
         ("gtsrb", final_gtsrb),
+        ("gtsrb", move("gtsrb/GT-final_test.csv", "gtsrb/GTSRB/GT-final_test.csv")),
+        ("gtsrb", move("gtsrb/GT-final_test.csv", "gtsrb/GTSRB/Final_Test/Images/GT-final_test.csv")),
+        (
+            "gtsrb",
+            in_turn(
+                final_gtsrb,
+                move("gtsrb/GT-final_test.csv", "gtsrb/GTSRB/GT-final_test.csv"),
+                move("gtsrb/GTSRB", "tiny"),
+            ),
+        ),
         ("gtsrb", lambda root: beside(root / "gtsrb/GTSRB/Training", "00003")),
         ("gtsrb", lambda root: rename_suffix(root, ".ppm", ".png", lists=False)),
         ("tiny-imagenet", sorted_val("", keep_list=False)),
         ("tiny-imagenet", sorted_val("images", keep_list=False)),
         ("tiny-imagenet", sorted_val("", keep_list=True)),
+        ("tiny-imagenet", sorted_val("", keep_list=True, put=shutil.copy)),
+        ("tiny-imagenet", sorted_val("", keep_list=False, put=shutil.copy)),
+        ("tiny-imagenet", sorted_val("", keep_list=True, to="val/images")),
+        ("tiny-imagenet", sorted_val("", keep_list=False, to="val/images")),
+        ("tiny-imagenet", move(f"{TINY}/val", f"{TINY}/valid")),
         ("tiny-imagenet", flat_train),
         ("tiny-imagenet", twice_nested(TINY)),
         ("tiny-imagenet", lambda root: (root / TINY).rename(root / "tiny") and None),
         ("tiny-imagenet", lambda root: rename_suffix(root, ".JPEG", ".jpg", lists=False)),
         ("flowers102", lambda root: rename_suffix(root, ".jpg", ".JPG")),
         ("flowers102", lambda root: beside(root / "flowers-102", "jpg")),
+        ("flowers102", twice_nested("flowers-102")),
     ],
 )
 def test_the_same_data_in_another_layout(
@@ -293,6 +365,20 @@ def test_the_same_data_in_another_layout(
     expected = load(name, root)
     change(root)
     assert same(load(name, root / "tiny" if (root / "tiny").exists() else root), expected)
+
+
+def test_a_root_may_be_a_link_by_the_name_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = data_files.cifar10(tmp_path)
+    data_files.trust(monkeypatch, "cifar10", root)
+    expected = load("cifar10", root)
+    beside(root, "cifar-10-batches-py")
+    assert same(load("cifar10", root / "cifar-10-batches-py"), expected)
+
+
+def test_archives_of_digits_unpacked_into_folders_of_their_names(tmp_path: Path) -> None:
+    for path in list(write_set(tmp_path).iterdir()):
+        move(path.name, f"{path.name}/{path.name}")(tmp_path)
+    assert [len(split) for split in data.load("mnist", tmp_path)] == [220, 20, 40]
 
 
 @pytest.mark.parametrize("root", ["", "MNIST", "MNIST/raw"])
@@ -415,6 +501,20 @@ def test_classes_may_be_called_in_an_old_encoding(tmp_path: Path) -> None:
     splits = load("imagefolder", root)
     assert splits.train.class_names == ("béton", "green", "red")
     assert splits.train.images.float().mean((2, 3)).argmax(1)[:4].tolist() == [2, 2, 2, 2]
+
+
+def test_classes_in_the_letters_of_several_systems_are_one(tmp_path: Path) -> None:
+    """macOS writes an accent apart from its letter."""
+    root = folder(tmp_path)
+    expected = load("imagefolder", root)
+    for split in ("train", "val"):
+        (root / split / "blue").rename(root / split / "bl\u00fce")
+    (root / "val/bl\u00fce").rename(root / "val/blu\u0308e")
+    (root / "train/blu\u0308e").mkdir()
+    (root / "train/bl\u00fce/0.png").rename(root / "train/blu\u0308e/0.png")
+    splits = load("imagefolder", root)
+    assert splits.train.class_names == ("bl\u00fce", "green", "red")
+    assert same(splits, expected)
 
 
 def test_names_of_other_systems_are_found(tmp_path: Path) -> None:

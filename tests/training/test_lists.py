@@ -143,6 +143,8 @@ def test_text_in_no_declared_encoding() -> None:
     assert decode("„Vögel“".encode("cp1252")) == "„Vögel“"  # not in Latin-1
     assert decode(b"\x81V") == "\x81V"  # not in the code page
     assert decode(b"") == ""
+    assert decode("file,score\n猫/犬.png,1\n".encode("utf-16-be")) == "file,score\n猫/犬.png,1\n"
+    assert decode(b"file,score\n\0a.png,1\n") == "file,score\n\0a.png,1\n"  # a fault, which the reader names
     assert decode("ab".encode("utf-16")[:-1]) == "a\ufffd"  # cut within a letter
 
 
@@ -152,7 +154,7 @@ def damaged(found: str, expected: str) -> ValueError:
 
 def test_tables(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
-    path.write_text('\nb; "a";c\n\n 1;"x; y";\n;;\n2; z ;3;;\n')
+    path.write_text('\nb; "a";c\n\n 1;"x; y";\n;;\n2; z ;"3"  \n')
     rows = read_table(path, ("a", "b"), damaged)
     assert [(line, values["a"], values["b"]) for line, values in rows] == [(4, "x; y", "1"), (6, "z", "2")]
     with pytest.raises(ValueError, match="lacks the column d, e; expected columns a, d, e, named by the first line"):

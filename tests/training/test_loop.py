@@ -401,11 +401,20 @@ def test_a_damaged_model_is_written_again(splits: Splits, tmp_path: Path) -> Non
     assert again.validation_accuracy == straight.validation_accuracy
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"data": {}}'])
-def test_damaged_settings_say_what_helps(tmp_path: Path, content: str) -> None:
-    (tmp_path / runs.CONFIG).write_text(content)
-    with pytest.raises(ValueError, match=r"config\.json is damaged .*start the run again in an empty folder"):
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"data": {}}', b"\xff\xd8 a picture"])
+def test_damaged_settings_say_what_helps(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / runs.CONFIG).write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json is damaged .*start the run again in an empty folder") as raised:
         runs.read_config(tmp_path)
+    assert "codec" not in str(raised.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+def test_settings_may_be_edited_by_programs_that_save_otherwise(encoding: str, tmp_path: Path) -> None:
+    config = TrainingConfig(data="mnist", data_root="/données")
+    content = f'{{"settings": {config.to_json()}}}'.replace("\\u00e9", "é")
+    (tmp_path / runs.CONFIG).write_bytes(content.encode(encoding))
+    assert runs.read_config(tmp_path) == config
 
 
 def test_each_epoch_is_validated_once(splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,11 @@ import functools
 from pathlib import Path
 
 from ..extras import require_torchvision
-from .files import base, first_of, listed
+from .files import listed, located
 from .image_files import ImageFiles, image_files, stretched
 from .images import Splits
 from .lists import Row, read_lines, read_table
-from .sources import Request, Source, obtain
+from .sources import Request, Source, check_splits, obtain
 
 _FOLDER = "celeba"
 # Where torchvision, the authors' archive and Kaggle's have the lists and the images.
@@ -41,14 +41,13 @@ def load(request: Request) -> Splits:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a list is damaged.
+        ValueError: a list is damaged, or a split is empty.
         OSError: the download failed.
         ImportError: torchvision is not installed.
     """
     datasets = require_torchvision("torchvision.datasets", "CelebA")
     root = request.folder(SOURCE, nested=_FOLDER)
-    folder = base(root, _FOLDER, *_ATTRIBUTES)
-    needed = [first_of(folder, names) for names in (_ATTRIBUTES, _PARTITION, _IMAGES)]
+    needed = located(root, _FOLDER, _ATTRIBUTES, _PARTITION, _IMAGES)
     obtain(request, SOURCE, root, dict.fromkeys(needed), functools.partial(datasets.CelebA, root, download=True))
     attributes, partition, images = needed
     looks, parts = _looks(attributes), _parts(partition)
@@ -58,12 +57,9 @@ def load(request: Request) -> Splits:
         raise SOURCE.damaged(path, f"does not name {name}", f"the images that {other.name} names")
     coloured = {name: sample for name, sample in looks.items() if sample is not None}
     paths = dict(zip(coloured, listed(SOURCE, attributes, list(coloured), images, root, complete=False), strict=True))
-    return Splits(
-        *(
-            _split({paths[name]: coloured[name] for name in coloured if parts[name] == part}, request)
-            for part in ("0", "1", "2")
-        )
-    )
+    splits = [{paths[name]: coloured[name] for name in coloured if parts[name] == part} for part in ("0", "1", "2")]
+    check_splits(SOURCE, partition, splits)
+    return Splits(*(_split(samples, request) for samples in splits))
 
 
 def _split(samples: dict[str, tuple[int, int]], request: Request) -> ImageFiles:
@@ -82,7 +78,7 @@ def _split(samples: dict[str, tuple[int, int]], request: Request) -> ImageFiles:
 def _looks(path: Path) -> dict[str, tuple[int, int] | None]:
     """Hair colour and gender of each image, None where there is no single colour."""
     damaged = functools.partial(SOURCE.damaged, path)
-    rows = read_table(path, (_IMAGE, *_NEEDED), damaged) if path.suffix == ".csv" else _rows_of_text(path)
+    rows = read_table(path, (_IMAGE, *_NEEDED), damaged) if path.suffix.lower() == ".csv" else _rows_of_text(path)
     found: dict[str, tuple[int, int] | None] = {}
     for number, row in rows:
         for name in _NEEDED:
@@ -115,7 +111,7 @@ def _rows_of_text(path: Path) -> list[Row]:
 
 def _parts(path: Path) -> dict[str, str]:
     """The split of each image: 0 is training, 1 validation, 2 test."""
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         rows = read_table(path, (_IMAGE, "partition"), functools.partial(SOURCE.damaged, path))
         lines = [(number, [row[_IMAGE], row["partition"]]) for number, row in rows]
     else:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..extras import require_torchvision
+from .files import torchvision_root
 from .images import Images, Splits
 from .sources import Request, Source, check_labels, held_out, obtain
 
@@ -34,6 +35,7 @@ def load(request: Request) -> Splits:
     kind, source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[request.name], SOURCES[request.name]
     root = request.folder(source, nested=kind.base_folder)
     files = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
+    root = torchvision_root(root, kind.base_folder, *(name for name, _ in files))
     paths = {root / kind.base_folder / name: md5 for name, md5 in files}
     obtain(request, source, root, paths, functools.partial(kind, root, download=True))
     train, test = (_images(kind(root, train=part), source) for part in (True, False))

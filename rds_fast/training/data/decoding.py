@@ -19,7 +19,7 @@ Transform = Callable[[Any], Tensor]
 _ORIENTATION = 0x0112  # the tag of EXIF that says how the camera was held
 # Formats whose grey values of 16 bits, or 32 that hold 16, use the whole range from black to white.
 _SIXTEEN_BITS = {"I;16": ("JPEG2000", "PNG", "PPM", "TIFF"), "I": ("PNG", "PPM")}
-_PHOTOMETRIC, _BITS = 262, 258  # tags of TIFF
+_PHOTOMETRIC, _BITS, _SAMPLES = 262, 258, 339  # tags of TIFF; the last is 2 for integers with sign
 
 
 def read_picture(path: str, transform: Transform) -> Tensor:
@@ -27,7 +27,7 @@ def read_picture(path: str, transform: Transform) -> Tensor:
 
     The picture is as a viewer shows it: turned and mirrored as its EXIF data say, and on white where it is transparent.
     Grey of 16 bits is scaled from [0, 65535], grey of floating-point numbers from [0, 1]. Where nothing says which
-    number is white (integers of 32 bits, numbers outside [0, 1]) the file is refused.
+    number is white (integers of 32 bits or with sign, numbers outside [0, 1]) the file is refused.
 
     Raises:
         ValueError: there is no such picture in the file; the message names it.
@@ -38,6 +38,8 @@ def read_picture(path: str, transform: Transform) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged EXIF data, say: they do not name the file
             with pillow.open(path) as image:
+                image.filename = ""  # with a name Pillow maps the file, and scrambles a TIFF that it turns
+                _scale_transparency(image)
                 image.load()  # before the EXIF data: PNG may have them at its end, and TIFF is turned by the loading
                 return transform(_upright(_in_colour(image, pillow), _orientation(image), pillow))
     except ImportError:
@@ -52,7 +54,7 @@ def read_picture(path: str, transform: Transform) -> Tensor:
 def _in_colour(image: Any, pillow: Any) -> Any:
     """The picture in RGB, on white where it is transparent."""
     transparent = image.has_transparency_data
-    if image.mode[0] in "IF":
+    if image.mode[0] in "IF" or 2 in getattr(image, "tag_v2", {}).get(_SAMPLES, ()):
         image = _eight_bits(image, pillow)
     if not transparent:
         return image.convert("RGB")
@@ -74,7 +76,7 @@ def _eight_bits(image: Any, pillow: Any) -> Any:
     else:
         raise ValueError(
             f"its values are integers (Pillow's mode {image.mode}), and nothing says which of them is white; save it "
-            "with 8 bits, with 16 bits without sign, or as floating-point numbers from 0 to 1"
+            "as a PNG or TIFF of 8 or 16 bits without sign, or as a TIFF of floating-point numbers from 0 to 1"
         )
     scaled = np.rint(values * np.float32(255 / white)).astype(np.uint8)
     if tags.get(_PHOTOMETRIC) == 0:  # TIFF may count from white to black
@@ -84,6 +86,12 @@ def _eight_bits(image: Any, pillow: Any) -> Any:
         opacity = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
         grey.putalpha(pillow.fromarray(opacity))
     return grey
+
+
+def _scale_transparency(image: Any) -> None:
+    """Bring the grey that a PNG of 2 or 4 bits declares transparent to 8 bits, as Pillow does its pixels."""
+    if image.format == "PNG" and image.tile and "transparency" in image.info:
+        image.info["transparency"] *= {"L;2": 255 // 3, "L;4": 255 // 15}.get(image.tile[0][3], 1)
 
 
 def _orientation(image: Any) -> Any:

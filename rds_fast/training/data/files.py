@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 import sys
@@ -21,6 +22,12 @@ _OF_TOOLS = (
     *("__macosx", "__pycache__", "@eadir", "@__thumb", "@recycle", "#recycle", "#snapshot", "$recycle.bin"),
     *("lost+found", "system volume information", "thumbs.db", "desktop.ini"),
 )
+# What the folder of each split may be called.
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
 # Formats that Pillow knows and does not decode by itself, but by another program or a plugin.
 _NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 
@@ -42,24 +49,43 @@ def folders(folder: Path, passed_over: Counter[str] | None = None) -> list[Path]
     return sorted(entry for entry in entries if entry.is_dir())
 
 
-def child(folder: Path, *names: str) -> Path | None:
-    """The folder in a folder that has one of some names, the earlier before the later; else one but for capitals."""
-    there = {entry.name: entry for entry in folders(folder)}
-    spelt = {name.casefold(): entry for name, entry in there.items()}
-    return next((known[name] for known in (there, spelt) for name in names if name in known), None)
+def find(folder: Path, *names: str) -> Path | None:
+    """What has one of some names below a folder, the earlier before the later; else one of them but for capitals."""
+    named = (folder / name for name in names)
+    loosely = (path for name in names for path in _but_for_capitals(folder, Path(name).parts))
+    return next((path for path in itertools.chain(named, loosely) if path.exists()), None)
 
 
-def base(root: Path, nested: str, *marks: str) -> Path:
-    """The folder of a data set, which holds one of some marks: in the root, the root itself, or in the root and twice
-    nested, as an archive is that was unpacked into a folder of its name."""
-    places = (root / nested, root, root / nested / nested)
-    return next((place for place in places if any((place / mark).exists() for mark in marks)), places[0])
+def _but_for_capitals(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
+    if not parts:
+        yield folder
+    elif folder.is_dir():
+        for entry in sorted(folder.iterdir()):
+            if entry.name.casefold() == parts[0].casefold():
+                yield from _but_for_capitals(entry, parts[1:])
 
 
-def first_of(folder: Path, names: Sequence[str]) -> Path:
-    """The first of some files or folders that is there, or the first of all."""
-    paths = [folder / name for name in names]
-    return next((path for path in paths if path.exists()), paths[0])
+def located(root: Path, nested: str, *needed: Sequence[str]) -> list[Path]:
+    """The files and folders of a data set, each by the first of its names that is there, or by the first of all.
+
+    Their folder is where most of them are: ``nested`` in the root, the root itself, or ``nested`` twice, as where an
+    archive was unpacked into a folder of its name. It may also be another folder in the root, or ``nested`` in that,
+    where a single one holds them all.
+    """
+
+    def there(place: Path) -> list[Path | None]:
+        return [find(place, *names) for names in needed]
+
+    others = {place for each in folders(root) for place in (each, each / nested) if all(there(place))}
+    places = [root / nested, root, root / nested / nested, *(others if len(others) == 1 else ())]
+    folder = max(places, key=lambda place: sum(path is not None for path in there(place)))
+    return [path or folder / names[0] for path, names in zip(there(folder), needed, strict=True)]
+
+
+def torchvision_root(root: Path, nested: str, *names: str) -> Path:
+    """The folder that torchvision, which looks for ``nested`` in it, is to be given, wherever in the root that lies."""
+    folder = located(root, nested, *([name] for name in names))[0].parent
+    return folder.parent if folder.name == nested else root
 
 
 class Files:
@@ -143,7 +169,7 @@ def listed(
                 taken.add(there[0])
     absent = [name for name in names if name not in means]
     if absent:
-        raise source.missing([folder / name for name in absent], root)
+        raise source.missing([folder / name for name in absent], root, table)
     if not names:
         raise source.damaged(table, "names no image", f"a line for each image in {folder}")
     taken, shapes = set(means.values()), set(map(_shape, means.values()))
@@ -167,10 +193,17 @@ def _files(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iter
         for entry in entries:
             if _is_of_tools(entry.name):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 yield from _files(entry.path, above | {this})
             else:
                 yield folder, entry.name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: no picture either, as its reader will say
+        return False
 
 
 def _is_of_tools(name: str) -> bool:
@@ -181,11 +214,14 @@ def _ending(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
+def spelt(name: str) -> str:
+    """A name as it is read, however a system wrote it: macOS takes accents from letters, old names are not in UTF-8."""
+    return name if name.isascii() else unicodedata.normalize("NFC", decode(name.encode("utf-8", "surrogateescape")))
+
+
 def _parts(path: str) -> tuple[str, ...]:
-    """The folders and the name, whatever system wrote them."""
-    if not path.isascii():  # macOS takes accents from their letters, and old names are not in UTF-8
-        path = unicodedata.normalize("NFC", decode(path.encode("utf-8", "surrogateescape")))
-    return tuple(part for part in path.replace("\\", "/").split("/") if part not in ("", "."))
+    """The folders and the name."""
+    return tuple(part for part in spelt(path).replace("\\", "/").split("/") if part not in ("", "."))
 
 
 def _end(parts: tuple[str, ...], loosely: bool) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..extras import require, require_torchvision
-from .files import listed
+from .files import listed, torchvision_root
 from .image_files import ImageFiles, image_files, middle_crop
 from .images import Splits
 from .sources import Request, Source, check_labels, obtain
@@ -34,8 +34,9 @@ def load(request: Request) -> Splits:
     """
     datasets = require_torchvision("torchvision.datasets", "Flowers-102")
     require("scipy.io", "Flowers-102, whose labels are MATLAB's")
-    root = request.folder(SOURCE, nested=_FOLDER)
-    needed = {root / _FOLDER / name: None for name in ("jpg", "imagelabels.mat", "setid.mat")}
+    names = ("jpg", "imagelabels.mat", "setid.mat")
+    root = torchvision_root(request.folder(SOURCE, nested=_FOLDER), _FOLDER, *names)
+    needed = {root / _FOLDER / name: None for name in names}
     obtain(request, SOURCE, root, needed, lambda: datasets.Flowers102(root, download=True))
     return Splits(*(_split(datasets, root, part, request) for part in _SETS))
 

@@ -13,16 +13,20 @@ from pathlib import Path
 import torch
 
 from ..extras import require_torchvision
-from .files import base, child, files, first_of, listed, pictures
+from .files import files, find, listed, located, pictures
 from .image_files import ImageFiles, image_files, stretched
 from .images import Splits
 from .lists import read_table
 from .sources import Request, Source, check_labels, held_out, obtain
 
 SIZE = 32
-# Where torchvision, the authors' archive of all training images and Kaggle's have them.
-_TRAINING = ("GTSRB/Training", "GTSRB/Final_Training/Images", "Train")
-_TEST, _TEST_LABELS = ("GTSRB/Final_Test/Images", "Test"), ("GT-final_test.csv", "Test.csv")
+# Where torchvision, the authors' archives (whose folder GTSRB may be the root) and Kaggle's have them. The authors'
+# list of the test images is in an archive by itself, which people unpack anywhere among their folders.
+_IN_GTSRB = ("GTSRB/", "")
+_TRAINING = (*(f"{at}{name}" for at in _IN_GTSRB for name in ("Training", "Final_Training/Images")), "Train")
+_TEST = (*(f"{at}Final_Test/Images" for at in _IN_GTSRB), "Test")
+_BESIDE = ("", *(f"{at}{name}" for at in _IN_GTSRB for name in ("", "Final_Test/", "Final_Test/Images/")))
+_TEST_LABELS = (*(f"{at}GT-final_test.csv" for at in _BESIDE), "Test.csv")
 _KAGGLE_LABELS = "Train.csv"  # of all training images; the authors' are in the folder of each class
 SOURCE = Source(
     "gtsrb",
@@ -57,8 +61,7 @@ def load(request: Request) -> Splits:
         ImportError: torchvision is not installed.
     """
     root = request.folder(SOURCE, nested="gtsrb")
-    folder = base(root, "gtsrb", *_TRAINING)
-    needed = [first_of(folder, names) for names in (_TRAINING, _TEST, _TEST_LABELS)]
+    needed = located(root, "gtsrb", _TRAINING, _TEST, _TEST_LABELS)
     obtain(request, SOURCE, root, dict.fromkeys(needed), lambda: _fetch(root))
     training_images, test_images, test_labels = needed
     train = _image_files(_training(training_images, root), request.workers)
@@ -82,17 +85,17 @@ def _training(folder: Path, root: Path) -> list[tuple[str, int]]:
     """The images of each class's folder, of which the lists, where they are, must name each and say the same."""
     found: list[tuple[str, int]] = []
     for label in range(len(CLASS_NAMES)):
-        images = child(folder, f"{label:05d}", str(label)) or folder / f"{label:05d}"
+        images = find(folder, f"{label:05d}", str(label)) or folder / f"{label:05d}"
         of_class = [(path, label) for path in pictures(files(images) if images.is_dir() else ())]
         if not of_class:
             raise SOURCE.missing([images / "*.ppm"], root)
-        found += _checked(of_class, images / f"GT-{label:05d}.csv", images, root)
-    return _checked(found, folder.parent / _KAGGLE_LABELS, folder, root)
+        found += _checked(of_class, find(images, f"GT-{label:05d}.csv"), images, root)
+    return _checked(found, find(folder.parent, _KAGGLE_LABELS), folder, root)
 
 
-def _checked(found: list[tuple[str, int]], labels: Path, images: Path, root: Path) -> list[tuple[str, int]]:
+def _checked(found: list[tuple[str, int]], labels: Path | None, images: Path, root: Path) -> list[tuple[str, int]]:
     """Those of some images that a list names, which has to say the class of their folder; without a list, all."""
-    if not labels.exists():
+    if labels is None:
         return found
     named, by_folder = dict(_listed(labels, images, root)), dict(found)
     for path, label in named.items():
@@ -108,7 +111,7 @@ def _checked(found: list[tuple[str, int]], labels: Path, images: Path, root: Pat
 def _listed(labels: Path, images: Path, root: Path) -> list[tuple[str, int]]:
     """The images that a list names, and their classes. The authors' name files, Kaggle's files in their folder."""
     damaged = functools.partial(SOURCE.damaged, labels)
-    column = "Path" if labels.name in (_TEST_LABELS[1], _KAGGLE_LABELS) else "Filename"
+    column = "Path" if labels.name.casefold() in ("train.csv", "test.csv") else "Filename"
     rows = read_table(labels, (column, "ClassId"), damaged)
     for number, row in rows:
         if not row["ClassId"].isdecimal():

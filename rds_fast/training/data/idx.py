@@ -24,7 +24,8 @@ def find(folder: Path, split: str, kind: str) -> Path:
     dimensions = {"images": 3, "labels": 1}[kind]
     stems = [f"{split}-{kind}{separator}idx{dimensions}-ubyte" for separator in "-."]
     names = [stem + suffix for stem in stems for suffix in ("", ".gz")]
-    for name in names:
+    unpacked = [f"{outer}/{inner}" for outer in names for inner in names]  # each archive into a folder of its name
+    for name in (*names, *unpacked):
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(f"{folder} holds no {kind} of the {split} split; expected one of {', '.join(names)}")

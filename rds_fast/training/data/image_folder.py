@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 
 import torch
 
-from .files import child, counted, files, folders, pictures, say_passed_over
+from .files import SPLIT_FOLDERS, counted, files, find, folders, pictures, say_passed_over, spelt
 from .image_files import ImageFiles, image_files, middle_crop
 from .images import Splits
-from .lists import decode
 from .sources import Request, Source, few
-
-# What the folder of each split may be called; capitals do not matter.
-_FOLDERS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
 
 SOURCE = Source("imagefolder", "train/CLASS and val/CLASS, with the images of each class in a folder of its name")
 
@@ -39,12 +30,13 @@ def load(request: Request) -> Splits:
         ImportError: torchvision is not installed.
     """
     root = request.folder(SOURCE)
-    found = {name: child(root, *names) for name, names in _FOLDERS.items()}
-    absent = [name for name in ("train", "val") if found[name] is None]
+    places = {name: find(root, *names) for name, names in SPLIT_FOLDERS.items()}
+    found = {name: place for name, place in places.items() if place is not None and place.is_dir()}
+    absent = [name for name in ("train", "val") if name not in found]
     if absent:
         raise FileNotFoundError(f"{root} holds no folder {' and no folder '.join(absent)}; expected {SOURCE.holds}")
     passed_over: Counter[str] = Counter()
-    splits = {name: _listed(folder, request, passed_over) for name, folder in found.items() if folder is not None}
+    splits = {name: _listed(folder, request, passed_over) for name, folder in found.items()}
     for name, split in splits.items():
         _check_same_classes(root, splits["train"], name, split)
     say_passed_over(SOURCE, passed_over)
@@ -54,11 +46,16 @@ def load(request: Request) -> Splits:
 
 def _listed(folder: Path, request: Request, passed_over: Counter[str]) -> ImageFiles:
     """The pictures of each class; ``passed_over`` counts the other files."""
-    classes = {decode(os.fsencode(each.name)): each for each in folders(folder, passed_over)}
+    classes: dict[str, list[Path]] = {}  # more than one folder where systems write one name in different bytes
+    for each in folders(folder, passed_over):
+        classes.setdefault(spelt(each.name), []).append(each)
     if not classes:
-        raise FileNotFoundError(f"{folder} holds no folders; expected one for each class, with its images in it")
+        raise FileNotFoundError(
+            f"{folder} holds no folders; expected one for each class, with its images in it. Images without labels are "
+            "of no use here: where these have none, rename the folder or move it away"
+        )
     names, others = sorted(classes), {name: Counter[str]() for name in classes}
-    paths = {name: pictures(files(classes[name]), others[name]) for name in names}
+    paths = {name: [path for each in classes[name] for path in pictures(files(each), others[name])] for name in names}
     empty = [name for name in names if not paths[name]]
     if empty:
         there = sum((others[name] for name in empty), Counter[str]())

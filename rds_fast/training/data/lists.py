@@ -29,9 +29,10 @@ def decode(content: bytes) -> str:
     for mark, encoding in _MARKS.items():
         if content.startswith(mark):
             return content.decode(encoding, errors="replace")
-    if b"\0" in content[:1000]:
-        big_endian = content[:1000:2].count(0) > content[1:1000:2].count(0)
-        return content.decode("utf-16-be" if big_endian else "utf-16-le", errors="replace")
+    zeros = {"utf-16-be": content[:1000:2].count(0), "utf-16-le": content[1:1000:2].count(0)}
+    likely = max(zeros, key=zeros.__getitem__)
+    if zeros[likely] > min(len(content), 1000) // 8:  # a quarter of the letters; fewer are a fault within other text
+        return content.decode(likely, errors="replace")
     for encoding in ("utf-8", "cp1252"):
         try:
             return content.decode(encoding)
@@ -92,7 +93,8 @@ def read_table(path: Path, columns: Sequence[str], damaged: Damaged) -> list[Row
 
 def _lines_of(content: str, delimiter: str, damaged: Damaged) -> Iterator[tuple[int, list[str]]]:
     """The number and the values of each line that is not blank; a value in quotes may go over several lines."""
-    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    ended = (line.rstrip(" \n") + "\n" for line in io.StringIO(content))  # csv takes no blanks after quotes
+    reader = csv.reader(ended, delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         for fields in reader:
             stripped = [field.strip() for field in fields]

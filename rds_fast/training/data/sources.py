@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 
 import torch
@@ -28,12 +28,13 @@ class Source:
     url: str = ""
     downloads: bool = False
 
-    def missing(self, paths: Sequence[Path], root: Path) -> FileNotFoundError:
-        """The error for files that are not there."""
+    def missing(self, paths: Sequence[Path], root: Path, table: Path | None = None) -> FileNotFoundError:
+        """The error for files that are not there; ``table`` is the list that names them."""
         verb = "is" if len(paths) == 1 else "are"
+        named = "" if table is None else f", and all files that {table} names"
         return FileNotFoundError(
-            f"{few(list(map(str, paths)))} {verb} missing; {self.name} needs {self.holds} under the data root {root}. "
-            f"{self._remedy('fetches what is missing')}"
+            f"{few(list(map(str, paths)))} {verb} missing; {self.name} needs {self.holds} under the data root "
+            f"{root}{named}. {self._remedy('fetches what is missing')}"
         )
 
     def damaged(self, path: Path, found: str, expected: str) -> ValueError:
@@ -81,8 +82,9 @@ class Request:
             root.mkdir(parents=True, exist_ok=True)
         if not root.is_dir():
             raise FileNotFoundError(f"the data root {root} is not a folder; expected one that holds {source.holds}")
-        is_nested = root.resolve().name == nested and not (root / nested).exists()
-        return root.resolve().parent if is_nested else root
+        names = (root.absolute(), root.resolve())  # of a link, and of what it leads to
+        here = None if (root / nested).exists() else next((path for path in names if path.name == nested), None)
+        return root if here is None else here.parent
 
 
 def check_root(source: Source, root: object) -> None:
@@ -150,6 +152,13 @@ def check_labels(source: Source, path: Path, labels: Iterable[int], classes: int
     for label in (min(labels, default=first), max(labels, default=first)):
         if not first <= label < first + classes:
             raise source.damaged(path, f"holds the label {label}", f"labels from {first} to {first + classes - 1}")
+
+
+def check_splits(source: Source, path: Path, splits: Sequence[Sized]) -> None:
+    """Raises ValueError if one of the splits 0, 1 and 2 that a list tells apart is empty."""
+    empty = [str(number) for number, split in enumerate(splits) if not len(split)]
+    if empty:
+        raise source.damaged(path, f"holds no image of split {', '.join(empty)}", "images of the splits 0, 1 and 2")
 
 
 def few(names: list[str]) -> str:

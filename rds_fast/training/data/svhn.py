@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 
 from ..extras import require, require_torchvision
+from .files import located
 from .images import Images, Splits
 from .sources import Request, Source, check_labels, held_out, obtain
 
@@ -31,9 +32,11 @@ def load(request: Request) -> Splits:
     datasets = require_torchvision("torchvision.datasets", "SVHN")
     require("scipy.io", "SVHN, whose files are MATLAB's")
     root = request.folder(SOURCE)
-    files = {part: (root / name, md5) for part, (_, name, md5) in datasets.SVHN.split_list.items() if part != "extra"}
-    obtain(request, SOURCE, root, dict(files.values()), lambda: _fetch(datasets, root, tuple(files)))
-    train, test = (_images(datasets, root, part, files[part][0]) for part in ("train", "test"))
+    files = {part: (name, md5) for part, (_, name, md5) in datasets.SVHN.split_list.items() if part != "extra"}
+    folder = located(root, "", *([name] for name, _ in files.values()))[0].parent
+    sums = {folder / name: md5 for name, md5 in files.values()}
+    obtain(request, SOURCE, folder, sums, lambda: _fetch(datasets, folder, tuple(files)))
+    train, test = (_images(datasets, folder, part, folder / files[part][0]) for part in ("train", "test"))
     training, validation = held_out(SOURCE, train.labels, request.seed)
     return Splits(train.take(training), train.take(validation), test)
 

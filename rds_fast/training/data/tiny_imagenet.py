@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..extras import require_torchvision
-from .files import base, files, folders, listed, pictures
+from .files import SPLIT_FOLDERS, files, folders, listed, located, pictures
 from .image_files import ImageFiles, image_files
 from .images import Splits
 from .lists import read_lines
@@ -35,13 +35,14 @@ def load(request: Request) -> Splits:
         ImportError: torchvision is not installed.
     """
     root = request.folder(SOURCE, nested=_FOLDER)
-    folder = base(root, _FOLDER, "train")
-    absent = [path for path in (folder / "train", folder / "val") if not path.is_dir()]
+    train_folder, val_folder, _ = located(root, _FOLDER, ("train",), SPLIT_FOLDERS["val"], ("wnids.txt",))
+    absent = [path for path in (train_folder, val_folder) if not path.is_dir()]
     if absent:
         raise SOURCE.missing(absent, root)
-    wnids = [each.name for each in folders(folder / "train")]
-    training_files, validation_files = _training_files(folder, wnids, root), _validation_files(folder, wnids, root)
-    names = _class_names(folder, wnids)
+    wnids = [each.name for each in folders(train_folder)]
+    training_files = _training_files(train_folder, wnids, root)
+    validation_files = _validation_files(val_folder, wnids, root)
+    names = _class_names(train_folder.parent, wnids)
     train, test = (_images(files, names, request.workers) for files in (training_files, validation_files))
     training, validation = held_out(SOURCE, train.targets, request.seed)
     return Splits(*(files.in_memory() for files in (train.select(training), train.select(validation), test)))
@@ -64,7 +65,7 @@ def _training_files(folder: Path, wnids: list[str], root: Path) -> list[tuple[st
     """The images of each class; WNID_boxes.txt, where it is, lists them, so that one that is missing is noticed."""
     training: list[tuple[str, int]] = []
     for label, wnid in enumerate(wnids):
-        images, boxes = folder / "train" / wnid, folder / "train" / wnid / f"{wnid}_boxes.txt"
+        images, boxes = folder / wnid, folder / wnid / f"{wnid}_boxes.txt"
         found = pictures(files(images))
         if boxes.exists():
             listed(SOURCE, boxes, [line.split("\t")[0] for _, line in read_lines(boxes)], images, root)
@@ -77,15 +78,20 @@ def _training_files(folder: Path, wnids: list[str], root: Path) -> list[tuple[st
 def _validation_files(folder: Path, wnids: list[str], root: Path) -> list[tuple[str, int]]:
     """The images and classes that val_annotations.txt lists, or those of each class's folder where there is no list.
 
-    Many sort the images of val into folders as in train; then the list, if it was kept, has to agree with the folders.
-    Without it they come in the order of their numbers, as in the list.
+    Many sort the images of val into folders as in train, in val or in val/images; then the list, if it was kept, has to
+    agree with the folders. Without it they come in the order of their numbers, as in the list.
     """
-    images, label_of = folder / "val", {wnid: label for label, wnid in enumerate(wnids)}
-    in_folders = {path: each.name for each in folders(images) for path in pictures(files(each))}
+    label_of, unsorted = {wnid: label for label, wnid in enumerate(wnids)}, folder / "images"
+    each_class = [each for each in folders(folder) if each.name != unsorted.name]
+    if not each_class and unsorted.is_dir():
+        each_class = folders(unsorted)
+    in_folders = {path: each.name for each in each_class for path in pictures(files(each))}
     sorted_into = {path: label_of[name] for path, name in in_folders.items() if name in label_of}
-    annotations = images / "val_annotations.txt"
+    annotations = folder / "val_annotations.txt"
     if annotations.exists():
         labels = _annotated(annotations, label_of)
+        copied = unsorted.is_dir() and len(pictures(files(unsorted))) >= len(labels)  # into the folders, not moved
+        images = unsorted if copied else folder
         validation = dict(zip(listed(SOURCE, annotations, list(labels), images, root), labels.values(), strict=True))
         for path, label in sorted_into.items():
             if validation.get(path, label) != label:
@@ -97,8 +103,8 @@ def _validation_files(folder: Path, wnids: list[str], root: Path) -> list[tuple[
     if unknown or not sorted_into:
         raise (
             SOURCE.missing([annotations], root)
-            if unknown in ([], ["images"])
-            else SOURCE.damaged(images, f"holds {few(unknown)}", "folders of the classes that train/ has")
+            if not unknown
+            else SOURCE.damaged(folder, f"holds {few(unknown)}", "folders of the classes that train/ has")
         )
     return sorted(sorted_into.items(), key=lambda file: (len(Path(file[0]).stem), Path(file[0]).stem))
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from .files import base, listed
+from .files import listed, located
 from .image_files import ImageFiles, image_files, middle_crop
 from .images import Splits
 from .lists import read_table
-from .sources import Request, Source
+from .sources import Request, Source, check_splits
 
 _FOLDER, _METADATA = "waterbird_complete95_forest2water2", "metadata.csv"
 SOURCE = Source(
@@ -34,18 +34,16 @@ def load(request: Request) -> Splits:
         ImportError: torchvision is not installed.
     """
     root = request.folder(SOURCE)
-    folder = base(root, _FOLDER, _METADATA)
-    metadata = folder / _METADATA
+    [metadata] = located(root, _FOLDER, (_METADATA,))
     if not metadata.is_file():
         raise SOURCE.missing([metadata], root)
     rows = _rows(metadata)
-    paths = listed(SOURCE, metadata, [row["img_filename"] for row in rows], folder, root)
+    paths = listed(SOURCE, metadata, [row["img_filename"] for row in rows], metadata.parent, root)
     parts = [
         [(path, row) for path, row in zip(paths, rows, strict=True) if row["split"] == part]
         for part in _VALUES["split"]
     ]
-    if not all(parts):
-        raise SOURCE.damaged(metadata, f"holds no image of split {parts.index([])}", "images of the splits 0, 1 and 2")
+    check_splits(SOURCE, metadata, parts)
     return Splits(*(_split(part, request) for part in parts))
 
 
