@@ -38,10 +38,10 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {valid}. Did you mean {nearest!r}?")
 
 
-def check_input(x: Any, name: str = "x") -> None:
-    """x is a batch of floating-point inputs that autograd can follow."""
+def check_input(x: Any, name: str = "x", hint: str = "") -> None:
+    """x is a batch of floating-point inputs that autograd can follow. ``hint``: more of what to do about it."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}; it must be a torch.Tensor of shape (N, ...)")
+        raise TypeError(f"{name} is a {type(x).__name__}; it must be a torch.Tensor of shape (N, ...){hint}")
     if x.is_complex():
         raise TypeError(
             f"{name} is {x.dtype}; a penalty needs the gradient with respect to real numbers. Pass "
@@ -53,7 +53,7 @@ def check_input(x: Any, name: str = "x") -> None:
             f"images of bytes with {name}.float() / 255"
         )
     if x.dim() == 0:
-        raise ValueError(f"{name} has no dimension; it must have shape (N, ...), one sample a row")
+        raise ValueError(f"{name} has no dimension; it must have shape (N, ...), one sample a row{hint}")
     if x.is_inference():
         raise RuntimeError(
             f"{name} was made in torch.inference_mode, so autograd cannot follow it; make it outside, or pass "

@@ -7,7 +7,7 @@ others, such as indices of tokens, masks and flags, are handed on as they are. x
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -27,7 +27,8 @@ def keys_of(x: Any, with_respect_to: str | int | Sequence[str | int] | None) -> 
                 f"with_respect_to is {with_respect_to!r} and x is a {type(x).__name__}; it names some of several "
                 "inputs, given as a tuple or a dict"
             )
-        check_input(x)
+        several = "tuple(x), for model(*x)" if isinstance(x, list) else "dict(x), for model(**x)"
+        check_input(x, hint=f", or several in {several}" if isinstance(x, (list, Mapping)) else "")
         return (None,)
     items: dict[Any, Any] = dict(x) if isinstance(x, dict) else dict(enumerate(x))
     keys: tuple[Any, ...]
@@ -39,13 +40,19 @@ def keys_of(x: Any, with_respect_to: str | int | Sequence[str | int] | None) -> 
                 "with respect to: pass embeddings in the place of indices, for example"
             )
     else:
-        keys = (with_respect_to,) if isinstance(with_respect_to, (str, int)) else tuple(with_respect_to)
+        if isinstance(with_respect_to, Iterable) and not isinstance(with_respect_to, str):
+            keys = tuple(with_respect_to)
+        else:
+            keys = (with_respect_to,)
         _check_keys(keys, items)
+    choose = "" if with_respect_to is not None else ". If it is no input of samples, name those in with_respect_to"
     for key in keys:
-        check_input(items[key], _name(key))
+        check_input(items[key], _name(key), choose)
     rows = {_name(key): items[key].shape[0] for key in keys}
     if len(set(rows.values())) > 1:
-        raise ValueError(f"the inputs have different numbers of samples, {rows}; their first dimension must be N")
+        raise ValueError(
+            f"the inputs have different numbers of samples, {rows}; their first dimension must be N{choose}"
+        )
     if len({items[key].device for key in keys}) > 1:
         raise ValueError(f"the inputs {', '.join(rows)} are on several devices; move them to one")
     return keys
@@ -57,6 +64,8 @@ def _may_be_differentiated(value: Any) -> TypeGuard[Tensor]:
 
 
 def _check_keys(keys: tuple[Any, ...], items: Mapping[Any, Any]) -> None:
+    if not all(isinstance(key, (str, int)) for key in keys):
+        raise TypeError(f"with_respect_to is {keys}; it must be names of inputs in a dict, or positions in a tuple")
     if not keys or len(set(keys)) < len(keys):
         raise ValueError(f"with_respect_to is {keys}; it must name one input at least, and each once")
     for key in keys:
@@ -97,6 +106,19 @@ def rows_of(x: Any, order: Tensor, samples: int) -> Any:
     if isinstance(x, tuple):
         return tuple(rows_of(value, order, samples) for value in x)
     return x[order] if isinstance(x, Tensor) and x.shape[:1] == (samples,) else x
+
+
+def check_rows(y: Any, samples: int) -> None:
+    """Raise unless the labels can be cut by samples: a tensor with a row for each, or several in a tuple or a dict."""
+    if isinstance(y, Tensor):
+        if y.shape[:1] == (samples,):
+            return
+        given = f"shape {tuple(y.shape)}"
+    elif isinstance(y, (tuple, dict)):
+        return
+    else:
+        given = f"type {type(y).__name__}"
+    raise ValueError(f"y has {given}; it must have a row for each of the {samples} samples of x, to be cut for a share")
 
 
 def masks_of(mask: Any, x: Any, keys: tuple[Key, ...]) -> Masks:

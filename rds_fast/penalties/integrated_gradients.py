@@ -25,7 +25,7 @@ from ..attacks.pgd import detached
 from ..compilation import uncompiled
 from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..ops.inputs import check_count, check_number
-from ..reference import accumulation_dtype
+from ..reference import accumulation_dtype, precise
 from .checks import check_choice, check_input, refuse_compiled, refuse_one_logit
 from .inner_pass import (
     differentiable_input,
@@ -159,11 +159,11 @@ def path_terms(
     place = points if layer is None else _only(outputs, len(points))
     output = (output_of or cross_entropies_of)(logits, labels)
     gradient = guarded_input_gradient(output, place, create_graph=create_graph)
-    gradient = _precise(gradient).unflatten(0, (count, samples))
+    gradient = precise(gradient).unflatten(0, (count, samples))
     if layer is None:
-        attribution = (_precise(x) - _precise(baseline)) * (gradient.sum(0) / steps)
+        attribution = (precise(x) - precise(baseline)) * (gradient.sum(0) / steps)
     else:
-        outputs_along = _precise(place).unflatten(0, (count, samples))
+        outputs_along = precise(place).unflatten(0, (count, samples))
         attribution = (gradient[1:] * outputs_along.diff(dim=0)).sum(0)
     return PathTerms(attribution if create_graph else attribution.detach(), logits[-samples:] if samples else logits)
 
@@ -261,10 +261,6 @@ def _only(outputs: list[Any], points: int) -> Tensor:
     if not output.requires_grad:
         raise RuntimeError("the layer's output does not depend differentiably on x; look for .detach() before it")
     return output
-
-
-def _precise(tensor: Tensor) -> Tensor:
-    return tensor.to(accumulation_dtype(tensor.dtype))
 
 
 _OUTPUTS = {"cross_entropy": cross_entropies_of, "target_logit": target_logit}

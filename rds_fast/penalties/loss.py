@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ..compilation import uncompiled
-from ..ops.inputs import check_number
+from ..ops.inputs import can_be_read, check_number
+from ..reference import precise
 from .checks import IGNORED, check_autograd
 from .inner_pass import frozen_statistics, implementation, samples_interact
-from .inputs import Key, Masks, at, keys_of, mask_rows, masks_of, rows_of
+from .inputs import Key, Masks, at, check_rows, keys_of, mask_rows, masks_of, rows_of
 from .losses import Loss, check_loss
 from .schedules import Schedule, check_steps, check_weight, weight_at
 from .shared import Penalty, SharedForward, penalties_of
@@ -237,9 +238,7 @@ class PenalizedLoss:
         if drawn >= samples:
             losses, penalties, logits = self._shared(batch)
             return losses, weighted_mean(penalties, batch.sample_weight), logits
-        if not isinstance(batch.y, Tensor) or batch.y.shape[:1] != (samples,):
-            given = f"shape {tuple(batch.y.shape)}" if isinstance(batch.y, Tensor) else f"type {type(batch.y).__name__}"
-            raise ValueError(f"y has {given}; it must have a row for each of the {samples} samples of x")
+        check_rows(batch.y, samples)
         order = torch.randperm(samples, device=at(batch.x, batch.keys)[0].device, generator=self.generator)
         part = batch.at(order[:drawn])
         if samples_interact(batch.model):
@@ -256,7 +255,8 @@ class PenalizedLoss:
         if batch.sample_weight is None or part.sample_weight is None:
             return losses, penalties.mean(), logits
         # Over the weights of all samples: the sum over those drawn is unbiased, a quotient of two such sums is not.
-        penalty = (penalties * part.sample_weight).sum() * (samples / drawn) / batch.sample_weight.sum()
+        weight, total = precise(part.sample_weight), precise(batch.sample_weight).sum()
+        penalty = (penalties * weight).sum() * (samples / drawn) / total
         return losses, penalty.to(penalties.dtype), logits
 
     def _shared(self, batch: _Batch) -> _Terms:
@@ -322,13 +322,16 @@ def check_sample_weight(sample_weight: Any, x: Tensor) -> None:
         raise ValueError(
             f"sample_weight is on {sample_weight.device} and x on {x.device}; move one to the other's device"
         )
+    if can_be_read(sample_weight) and not bool((sample_weight >= 0).all()):
+        raise ValueError("sample_weight holds a negative number or NaN; the weight of a sample must be 0 or more")
 
 
 def weighted_mean(values: Tensor, sample_weight: Tensor | None) -> Tensor:
     """Σ w v / Σ w, or the mean."""
     if sample_weight is None:
         return values.mean()
-    return ((values * sample_weight).sum() / sample_weight.sum()).to(values.dtype)
+    weight = precise(sample_weight)
+    return ((values * weight).sum() / weight.sum()).to(values.dtype)
 
 
 def mean_of_counted(cross_entropy: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> Tensor:
@@ -337,5 +340,5 @@ def mean_of_counted(cross_entropy: Tensor, y: Tensor, sample_weight: Tensor | No
         return weighted_mean(cross_entropy, sample_weight)
     counted = y != IGNORED
     if sample_weight is None:
-        return cross_entropy.sum() / counted.sum()
+        return (precise(cross_entropy).sum() / counted.sum()).to(cross_entropy.dtype)
     return weighted_mean(cross_entropy, sample_weight * counted)

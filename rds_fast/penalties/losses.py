@@ -61,9 +61,9 @@ class BinaryCrossEntropy:
         if not isinstance(y, Tensor) or y.is_complex():
             given = y.dtype if isinstance(y, Tensor) else f"a {type(y).__name__}"
             raise TypeError(f"y is {given}; a binary cross-entropy needs a torch.Tensor of labels 0 and 1")
-        if logits.shape[1] == 1 and y.dim() == 1:
+        if logits.shape[1:] == (1,) and y.dim() == 1:
             y = y.unsqueeze(1)
-        if y.shape != logits.shape:
+        if y.shape != logits.shape or y.dim() != 2:
             raise ValueError(
                 f"y has shape {tuple(y.shape)} and the logits {tuple(logits.shape)}; a binary cross-entropy needs a "
                 "label for each logit, (N, C), or (N,) for one logit a sample"
@@ -72,7 +72,8 @@ class BinaryCrossEntropy:
         targets = y.to(f.dtype)
         if can_be_read(y) and bool(((y < 0) | (y > 1)).any()):
             raise ValueError("y holds a label outside [0, 1]; a binary cross-entropy needs 0, 1 or a probability")
-        return binary_log_density(f) - (targets * f).sum(1)
+        # by both logarithms, since in log(1 + exp f) − y f nothing is left of a small loss
+        return -(targets * F.logsigmoid(f) + (1 - targets) * F.logsigmoid(-f)).sum(1)
 
     def log_density(self, logits: Tensor) -> Tensor:
         """log p(x) up to a constant, (N,)."""

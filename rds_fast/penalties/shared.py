@@ -265,7 +265,14 @@ class SharedForward:
         """The gradients with their graph, times the cotangent that they were begun with."""
         found = self._inner_passes.get(of) if isinstance(of, str) else None
         if found is None:
+            logits = self.logits  # before what is differentiated: it makes the aliases of the inputs
             output = self.output(of) if isinstance(of, str) else of
+            if not isinstance(output, Tensor) or output.shape != logits.shape[:1]:
+                given = f"has shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"is {output!r}"
+                raise ValueError(
+                    f"what is to be differentiated {given}; it must be one of {', '.join(map(repr, GRADIENTS_OF))}, or "
+                    f"a tensor computed from shared.logits with a value of each sample, ({logits.shape[0]},)"
+                )
             cotangent = cotangent_of(output, self._aliases)
             found = (
                 input_gradients(output, self._aliases, cotangent=cotangent, create_graph=True, names=self.names),
