@@ -61,6 +61,16 @@ def check_input(x: Any, name: str = "x", hint: str = "") -> None:
         )
 
 
+def check_pair(x: Tensor, y: Any) -> None:
+    """y holds a label, or the probabilities, of each sample of x."""
+    if not isinstance(y, Tensor):
+        raise TypeError(
+            f"y is a {type(y).__name__}; it must be a torch.Tensor of class indices (N,) or probabilities (N, C)"
+        )
+    if y.shape[:1] != x.shape[:1]:
+        raise ValueError(f"y has shape {tuple(y.shape)}; x of shape {tuple(x.shape)} needs a label of each sample")
+
+
 def check_model(model: Any) -> None:
     """model can be called with x: not a module's class, and not None; and its backward may run twice in a step."""
     if not callable(model) or isinstance(model, type):
@@ -94,8 +104,8 @@ def check_autograd() -> None:
         )
 
 
-def check_logits(logits: Any, x: Any) -> None:
-    """logits is one floating-point tensor (N, C); the samples of several inputs were counted before."""
+def check_logits(logits: Any, x: Any, samples: int | None = None) -> None:
+    """logits is one floating-point tensor (N, C). ``samples``: N, where x is several inputs."""
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"the model returned a {type(logits).__name__}; a penalty needs one tensor of logits (N, C). Wrap the "
@@ -103,12 +113,13 @@ def check_logits(logits: Any, x: Any) -> None:
         )
     if not logits.is_floating_point():
         raise TypeError(f"the logits are {logits.dtype}; they must be floating point, the model's output before argmax")
-    if logits.dim() != 2 or (isinstance(x, Tensor) and logits.shape[0] != x.shape[0]):
-        given = f"for x of shape {tuple(x.shape)}; " if isinstance(x, Tensor) else ""
-        samples = f"for each of the {x.shape[0]} samples" if isinstance(x, Tensor) else "a sample"
+    if isinstance(x, Tensor):
+        samples = x.shape[0]
+    if logits.dim() != 2 or logits.shape[0] != samples:
+        given = f"x of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"inputs of {samples} samples"
         raise ValueError(
-            f"the logits have shape {tuple(logits.shape)} {given}they must be (N, C), one row {samples}. Pool or "
-            "flatten further dimensions inside the model"
+            f"the logits have shape {tuple(logits.shape)} for {given}; they must be (N, C), one row for each of the "
+            f"{samples} samples. Pool or flatten further dimensions inside the model"
         )
 
 

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backends import implementation
 from ..compilation import uncompiled
 from ..ops.gradient_norm import check_norm, gradient_norm
 from ..ops.inputs import check_number
 from ..ops.logsumexp import logsumexp, without_autocast
 from .checks import check_choice, check_input, refuse_normalised, refuse_one_logit
-from .inner_pass import RandomState, implementation, logits_of
-from .shared import Penalty, SharedForward, penalties_of
+from .model_state import RandomState
+from .shared import Penalty, SharedForward, logits_of, penalties_of
 
 REDUCTIONS = ("mean", "sum", "none")
 

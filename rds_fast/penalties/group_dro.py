@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..ops.inputs import can_be_read, check_number
 from .adaptive import loaded
 from .checks import IGNORED
@@ -105,7 +104,7 @@ class GroupDRO:
     def update(self, terms: LossTerms, y: Any, groups: Tensor) -> None:
         """Take in the logits of a training step, from its terms, with the labels and the groups (N,) of its samples."""
         logits = terms.logits.detach()
-        losses = cross_entropy_with_logsumexp(logits, y)[0] if self.loss is None else losses_of(self.loss, logits, y)
+        losses = losses_of(self.loss, logits, y)
         if groups.shape[0] != logits.shape[0]:
             raise ValueError(f"there are {groups.shape[0]} groups for {logits.shape[0]} samples; give one for each")
         log_weights, adjustments = self._on_the_device_of(groups), self._adjustments

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends import implementation
 from ..compilation import uncompiled
-from ..ops.inputs import can_be_read, check_number
+from ..ops.inputs import check_number
 from ..reference import precise
-from .checks import IGNORED, check_autograd
-from .inner_pass import frozen_statistics, implementation, samples_interact
+from .checks import check_autograd
 from .inputs import Key, Masks, at, check_rows, keys_of, mask_rows, masks_of, rows_of
-from .losses import Loss, check_loss
+from .losses import Loss, check_label_smoothing, check_loss, check_sample_weight, mean_of_counted, weighted_mean
+from .model_state import frozen_statistics, samples_interact
 from .schedules import Schedule, check_steps, check_weight, weight_at
 from .shared import Penalty, SharedForward, penalties_of
 
@@ -152,8 +153,7 @@ class PenalizedLoss:
         check_steps(self.every, "every")
         if not 0 < check_number("share", self.share) <= 1:
             raise ValueError(f"share is {self.share}; it must be in (0, 1], the part of each batch that is penalised")
-        if not 0 <= check_number("label_smoothing", self.label_smoothing) <= 1:
-            raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1]")
+        check_label_smoothing(self.label_smoothing)
         check_loss(self.loss)
         if self.loss is not None and self.label_smoothing:
             raise ValueError(
@@ -305,40 +305,3 @@ def _check_penalty(penalty: Any) -> None:
         "alone, to the penalty of each sample (N,), such as DensityPenalty(): shared has model, x, targets, logits, "
         "loss, log_density and gradient(of)"
     )
-
-
-def check_sample_weight(sample_weight: Any, x: Tensor) -> None:
-    """Raise unless there is a floating-point weight of each sample of x, on its device."""
-    if not isinstance(sample_weight, Tensor) or not sample_weight.is_floating_point():
-        given = sample_weight.dtype if isinstance(sample_weight, Tensor) else f"a {type(sample_weight).__name__}"
-        raise TypeError(
-            f"sample_weight is {given}; it must be a floating-point torch.Tensor (N,), such as weight.float()"
-        )
-    if sample_weight.shape != x.shape[:1]:
-        raise ValueError(
-            f"sample_weight has shape {tuple(sample_weight.shape)}; it must be ({x.shape[0]},), a weight of each sample"
-        )
-    if sample_weight.device != x.device:
-        raise ValueError(
-            f"sample_weight is on {sample_weight.device} and x on {x.device}; move one to the other's device"
-        )
-    if can_be_read(sample_weight) and not bool((sample_weight >= 0).all()):
-        raise ValueError("sample_weight holds a negative number or NaN; the weight of a sample must be 0 or more")
-
-
-def weighted_mean(values: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """Σ w v / Σ w, or the mean."""
-    if sample_weight is None:
-        return values.mean()
-    weight = precise(sample_weight)
-    return ((values * weight).sum() / weight.sum()).to(values.dtype)
-
-
-def mean_of_counted(cross_entropy: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-    """The mean over the samples that count, as ``torch.nn.functional.cross_entropy`` takes it."""
-    if y.is_floating_point():
-        return weighted_mean(cross_entropy, sample_weight)
-    counted = y != IGNORED
-    if sample_weight is None:
-        return (precise(cross_entropy).sum() / counted.sum()).to(cross_entropy.dtype)
-    return weighted_mean(cross_entropy, sample_weight * counted)

@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.inputs import can_be_read
+from ..ops.cross_entropy import check_class_indices, cross_entropy_with_logsumexp
+from ..ops.inputs import can_be_read, check_number
 from ..ops.logsumexp import logsumexp
-from ..reference import accumulation_dtype
-from .checks import refuse_normalised
+from ..reference import precise
+from .checks import IGNORED, check_labels, refuse_normalised, refuse_one_logit
 
 # (logits (N, C), y) to the loss of each sample, (N,).
 Loss = Callable[[Tensor, Any], Tensor]
@@ -36,8 +37,7 @@ _BINARY_FUNCTIONS = (F.binary_cross_entropy_with_logits, F.multilabel_soft_margi
 
 def binary_log_density(logits: Tensor) -> Tensor:
     """``Σ log(1 + exp fᵢ)`` of each row of logits (N, C), (N,): log p(x) of C independent labels, up to a constant."""
-    f = logits.to(accumulation_dtype(logits.dtype))
-    return -F.logsigmoid(-f).sum(1)  # F.softplus is linear from 20 on
+    return -F.logsigmoid(-precise(logits)).sum(1)  # F.softplus is linear from 20 on
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class BinaryCrossEntropy:
                 f"y has shape {tuple(y.shape)} and the logits {tuple(logits.shape)}; a binary cross-entropy needs a "
                 "label for each logit, (N, C), or (N,) for one logit a sample"
             )
-        f = logits.to(accumulation_dtype(logits.dtype))
+        f = precise(logits)
         targets = y.to(f.dtype)
         if can_be_read(y) and bool(((y < 0) | (y > 1)).any()):
             raise ValueError("y holds a label outside [0, 1]; a binary cross-entropy needs 0, 1 or a probability")
@@ -94,8 +94,16 @@ def check_loss(loss: Any) -> None:
         )
 
 
-def losses_of(loss: Loss, logits: Tensor, targets: Any) -> Tensor:
-    """The loss of each sample, (N,), checked; (N, 1) is taken for it."""
+def cross_entropies_of(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The cross-entropy of each sample, (N,)."""
+    refuse_one_logit(logits)
+    return cross_entropy_with_logsumexp(logits, y, label_smoothing=label_smoothing)[0]
+
+
+def losses_of(loss: Loss | None, logits: Tensor, targets: Any) -> Tensor:
+    """The loss of each sample, (N,), checked; (N, 1) is taken for it. None is the cross-entropy."""
+    if loss is None:
+        return cross_entropies_of(logits, targets)
     losses = loss(logits, targets)
     if isinstance(losses, Tensor) and losses.shape == (logits.shape[0], 1):
         losses = losses.squeeze(1)
@@ -133,3 +141,55 @@ def density_under(loss: Loss, logits: Tensor, targets: Any) -> Tensor:
         )
     refuse_normalised(logits)
     return logsumexp(logits)
+
+
+def target_logit(logits: Tensor, y: Tensor) -> Tensor:
+    """f_y (N,); 0, with the gradient 0, for an ignored row, as its cross-entropy is."""
+    check_labels(y, logits)
+    if not logits.is_cuda:
+        check_class_indices(y, logits.shape[1], IGNORED)
+    ignored = y == IGNORED
+    return logits.gather(1, y.masked_fill(ignored, 0).unsqueeze(1)).squeeze(1).masked_fill(ignored, 0.0)
+
+
+def check_label_smoothing(value: float) -> None:
+    """Raise TypeError or ValueError unless the value is a number in [0, 1]."""
+    if not 0 <= check_number("label_smoothing", value) <= 1:
+        raise ValueError(f"label_smoothing is {value}; it must be in [0, 1]")
+
+
+def check_sample_weight(sample_weight: Any, x: Tensor) -> None:
+    """Raise unless there is a floating-point weight of each sample of x, on its device."""
+    if not isinstance(sample_weight, Tensor) or not sample_weight.is_floating_point():
+        given = sample_weight.dtype if isinstance(sample_weight, Tensor) else f"a {type(sample_weight).__name__}"
+        raise TypeError(
+            f"sample_weight is {given}; it must be a floating-point torch.Tensor (N,), such as weight.float()"
+        )
+    if sample_weight.shape != x.shape[:1]:
+        raise ValueError(
+            f"sample_weight has shape {tuple(sample_weight.shape)}; it must be ({x.shape[0]},), a weight of each sample"
+        )
+    if sample_weight.device != x.device:
+        raise ValueError(
+            f"sample_weight is on {sample_weight.device} and x on {x.device}; move one to the other's device"
+        )
+    if can_be_read(sample_weight) and not bool((sample_weight >= 0).all()):
+        raise ValueError("sample_weight holds a negative number or NaN; the weight of a sample must be 0 or more")
+
+
+def weighted_mean(values: Tensor, sample_weight: Tensor | None) -> Tensor:
+    """Σ w v / Σ w, or the mean."""
+    if sample_weight is None:
+        return values.mean()
+    weight = precise(sample_weight)
+    return ((values * weight).sum() / weight.sum()).to(values.dtype)
+
+
+def mean_of_counted(cross_entropy: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+    """The mean over the samples that count, as ``torch.nn.functional.cross_entropy`` takes it."""
+    if y.is_floating_point():
+        return weighted_mean(cross_entropy, sample_weight)
+    counted = y != IGNORED
+    if sample_weight is None:
+        return (precise(cross_entropy).sum() / counted.sum()).to(cross_entropy.dtype)
+    return weighted_mean(cross_entropy, sample_weight * counted)
