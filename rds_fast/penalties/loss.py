@@ -18,7 +18,7 @@ from ..compilation import uncompiled
 from ..ops.inputs import check_number
 from ..reference import precise
 from .checks import check_autograd
-from .inputs import Key, Masks, at, check_rows, keys_of, mask_rows, masks_of, rows_of
+from .inputs import Inputs, check_rows, rows_of
 from .losses import Loss, check_label_smoothing, check_loss, check_sample_weight, mean_of_counted, weighted_mean
 from .model_state import frozen_statistics, samples_interact
 from .schedules import Schedule, check_steps, check_weight, weight_at
@@ -42,21 +42,14 @@ class _Batch(NamedTuple):
     """What a call was given, checked."""
 
     model: Callable[..., Tensor]
-    x: Any
+    inputs: Inputs
     y: Any
-    keys: tuple[Key, ...]
-    masks: Masks
     sample_weight: Tensor | None
 
     def at(self, order: Tensor) -> _Batch:
         """The samples at ``order``."""
-        x, y = (rows_of(values, order, self.samples) for values in (self.x, self.y))
         weight = None if self.sample_weight is None else self.sample_weight[order]
-        return self._replace(x=x, y=y, masks=mask_rows(self.masks, self.x, self.keys, order), sample_weight=weight)
-
-    @property
-    def samples(self) -> int:
-        return at(self.x, self.keys)[0].shape[0]
+        return _Batch(self.model, self.inputs.rows(order), rows_of(self.y, order, self.inputs.samples), weight)
 
 
 # The loss of each sample (N,), the penalty, and the logits.
@@ -197,14 +190,13 @@ class PenalizedLoss:
         """
         weight = weight_at(self.weight, step)
         applied = self._applied_at(step)
-        keys = keys_of(x, self.with_respect_to)
         if self.loss is None and not isinstance(y, Tensor):
             raise TypeError(
                 f"y is a {type(y).__name__}; it must be a torch.Tensor of class indices (N,) or probabilities (N, C)"
             )
-        batch = _Batch(model, x, y, keys, masks_of(mask, x, keys), sample_weight)
+        batch = _Batch(model, Inputs.checked(x, self.with_respect_to, mask), y, sample_weight)
         if sample_weight is not None:
-            check_sample_weight(sample_weight, at(x, keys)[0])
+            check_sample_weight(sample_weight, batch.inputs.differentiated[0])
         with implementation(self.fast and (not applied or getattr(self.penalty, "fast", True))):
             losses, penalty, logits = self._terms(batch) if applied else self._without_penalty(batch)
             if self.loss is None:
@@ -233,13 +225,13 @@ class PenalizedLoss:
     def _terms(self, batch: _Batch) -> _Terms:
         """With the penalty, of all samples or of those drawn."""
         check_autograd()
-        samples = batch.samples
+        samples = batch.inputs.samples
         drawn = max(1, round(float(self.share) * samples))
         if drawn >= samples:
             losses, penalties, logits = self._shared(batch)
             return losses, weighted_mean(penalties, batch.sample_weight), logits
         check_rows(batch.y, samples)
-        order = torch.randperm(samples, device=at(batch.x, batch.keys)[0].device, generator=self.generator)
+        order = torch.randperm(samples, device=batch.inputs.device, generator=self.generator)
         part = batch.at(order[:drawn])
         if samples_interact(batch.model):
             losses, _, logits = self._without_penalty(batch)
@@ -274,13 +266,10 @@ class PenalizedLoss:
         return losses, losses.new_zeros(()), shared.logits
 
     def _forward(self, batch: _Batch, *, trains: bool = False) -> SharedForward:
-        model, x, y, keys, masks, _ = batch
         return SharedForward(
-            model,
-            x,
-            y,
-            keys=keys,
-            masks=masks,
+            batch.model,
+            batch.inputs,
+            batch.y,
             loss=self.loss,
             label_smoothing=self.label_smoothing,
             trains=trains,

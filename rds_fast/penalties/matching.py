@@ -72,6 +72,8 @@ class GradientMatchingPenalty(Penalty):
     def _teacher_gradients(self, shared: SharedForward) -> tuple[Tensor, ...]:
         """∇ₓ ℓ of the teacher's logits, without a graph; in at least float32 where it may run in float16."""
         with in_eval_mode(self.teacher):
-            inputs = [differentiable_input(x.detach()) for x in shared.differentiated()]
-            logits = logits_of(self.teacher, shared.with_inputs(inputs), shared.samples, derivatives=1)
-            return input_gradients(shared.output(self.of, logits), inputs, names=shared.names).undone()
+            inputs = [differentiable_input(x.detach()) for x in shared.given.differentiated]
+            logits = logits_of(
+                self.teacher, shared.given.with_differentiated(inputs), shared.given.samples, derivatives=1
+            )
+            return input_gradients(shared.output(self.of, logits), inputs, names=shared.given.names).undone()

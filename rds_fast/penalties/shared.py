@@ -38,7 +38,7 @@ from .checks import (
     refuse_normalised,
     refuse_one_logit,
 )
-from .inputs import Key, Masks, at, keys_of, masks_of, names_of, replaced
+from .inputs import Inputs
 from .losses import Loss, density_under, losses_of, target_logit
 from .model_state import frozen_statistics
 
@@ -121,6 +121,7 @@ class SharedForward:
         model: as it was given. A penalty that runs it again does so by ``logits_at``, which leaves its buffers alone.
         x: the inputs as they were given: a tensor, or a tuple or a dict of inputs.
         targets: the labels y; None where there are none.
+        given: x, and which of it is differentiated: ``given.differentiated``, a tuple of tensors.
         inputs: x as the logits are computed from it, what is differentiated being an alias; as ``x`` otherwise.
     """
 
@@ -130,16 +131,14 @@ class SharedForward:
         x: Any,
         y: Any = None,
         *,
-        keys: tuple[Key, ...] = (None,),
-        masks: Masks = None,
         loss: Loss | None = None,
         label_smoothing: float = 0.0,
         trains: bool = False,
     ) -> None:
-        """``keys`` and ``masks`` are checked. ``trains``: the training loss is wanted too, with the label smoothing."""
-        self.model, self.x, self.targets = model, x, y
-        self._keys, self._masks, self._loss, self._label_smoothing = keys, masks, loss, label_smoothing
-        self._trains = trains
+        """``x``: also ``Inputs``. ``trains``: the training loss is wanted too, with the label smoothing."""
+        self.given = x if isinstance(x, Inputs) else Inputs.checked(x)
+        self.model, self.x, self.targets = model, self.given.x, y
+        self._loss, self._label_smoothing, self._trains = loss, label_smoothing, trains
         self.mask_is_used = False
         self._aliases: tuple[Tensor, ...] = ()
         self._inner_passes: dict[str, InputGradients] = {}
@@ -170,32 +169,14 @@ class SharedForward:
         if derivatives:
             if derivatives == 2:
                 refuse_compiled(self.model)
-            self._aliases = tuple(map(differentiable_input, self.differentiated(), self.names))
-            x = self.with_inputs(self._aliases)
-        logits = logits_of(self.model, x, self.samples, derivatives=derivatives)
+            self._aliases = tuple(map(differentiable_input, self.given.differentiated, self.given.names))
+            x = self.given.with_differentiated(self._aliases)
+        logits = logits_of(self.model, x, self.given.samples, derivatives=derivatives)
         if derivatives == 2:
             refuse_compiled_logits(logits)
         if self._trains and self._loss is None:
             refuse_one_logit(logits)
         self.__dict__["logits"] = logits
-
-    @property
-    def samples(self) -> int:
-        """N."""
-        return self.differentiated()[0].shape[0]
-
-    def differentiated(self) -> tuple[Tensor, ...]:
-        """The inputs that are differentiated, as they were given."""
-        return at(self.x, self._keys)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What messages call them."""
-        return names_of(self._keys)
-
-    def with_inputs(self, inputs: Sequence[Tensor]) -> Any:
-        """x with these in their place, as a model takes it."""
-        return replaced(self.x, self._keys, inputs)
 
     @property
     def has_run(self) -> bool:
@@ -212,12 +193,12 @@ class SharedForward:
     @property
     def inputs(self) -> Any:
         self.logits  # noqa: B018  # it makes them
-        return self.with_inputs(self._aliases) if self._aliases else self.x
+        return self.given.with_differentiated(self._aliases) if self._aliases else self.x
 
     def logits_at(self, *inputs: Tensor) -> Tensor:
         """The logits with these for the inputs that are differentiated: another forward, which leaves buffers alone."""
         with frozen_statistics(self.model):
-            return logits_of(self.model, self.with_inputs(inputs), self.samples)
+            return logits_of(self.model, self.given.with_differentiated(inputs), self.given.samples)
 
     @cached_property
     def loss(self) -> Tensor:
@@ -272,11 +253,12 @@ class SharedForward:
         the logits. With a tuple or a dict as x, a dict of gradients, by the positions or names of the inputs.
         """
         gradients = self.masked(self._inner_pass(of).undone())
-        return gradients[0] if self._keys == (None,) else dict(zip(self._keys, gradients, strict=True))
+        keys = self.given.keys
+        return gradients[0] if keys == (None,) else dict(zip(keys, gradients, strict=True))
 
     def gradients_without_graph(self, output: Tensor) -> tuple[Tensor, ...]:
         """The gradients of Σ output with respect to all inputs, as constants, and not masked."""
-        return input_gradients(output, self._aliases, names=self.names).undone()
+        return input_gradients(output, self._aliases, names=self.given.names).undone()
 
     def gradient_norm(
         self, of: str | Tensor, p: float = 2.0, power: float = 1, *, target: Sequence[Tensor] | None = None
@@ -302,12 +284,7 @@ class SharedForward:
     def masked(self, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The gradients of all inputs, 0 where the mask leaves them out, or times its factors."""
         self.mask_is_used = True
-        if self._masks is None:
-            return tuple(gradients)
-        return tuple(
-            g if mask is None else torch.where(mask, g, 0.0) if mask.dtype == torch.bool else g * mask.to(g.dtype)
-            for g, mask in zip(gradients, self._masks, strict=True)
-        )
+        return self.given.masked(gradients)
 
     def _inner_pass(self, of: str | Tensor) -> InputGradients:
         """The gradients with their graph."""
@@ -319,9 +296,9 @@ class SharedForward:
             given = f"has shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"is {output!r}"
             raise ValueError(
                 f"what is to be differentiated {given}; it must be one of {', '.join(map(repr, GRADIENTS_OF))}, or "
-                f"a tensor computed from shared.logits with a value of each sample, ({self.samples},)"
+                f"a tensor computed from shared.logits with a value of each sample, ({self.given.samples},)"
             )
-        found = input_gradients(output, self._aliases, create_graph=True, names=self.names)
+        found = input_gradients(output, self._aliases, create_graph=True, names=self.given.names)
         if isinstance(of, str):
             self._inner_passes[of] = found
         return found
@@ -356,8 +333,7 @@ class Penalty:
 
         ``mask`` and ``with_respect_to``, and x as a tuple or a dict of inputs, are as for ``rds_fast.PenalizedLoss``.
         """
-        keys = keys_of(x, with_respect_to)
-        shared = SharedForward(model, x, y, keys=keys, masks=masks_of(mask, x, keys))
+        shared = SharedForward(model, Inputs.checked(x, with_respect_to, mask), y)
         with implementation(self.fast):
             return penalties_of(self, shared).mean()
 
@@ -365,11 +341,13 @@ class Penalty:
 def penalties_of(penalty: Any, shared: SharedForward) -> Tensor:
     """The penalty of each sample, (N,), checked."""
     penalties = getattr(penalty, "per_sample", penalty)(shared)
-    if not isinstance(penalties, Tensor) or penalties.shape != (shared.samples,):
+    if not isinstance(penalties, Tensor) or penalties.shape != (shared.given.samples,):
         is_tensor = isinstance(penalties, Tensor)
         given = f"a tensor of shape {tuple(penalties.shape)}" if is_tensor else type(penalties).__name__
-        raise TypeError(f"the penalty returned {given}; it must return the penalty of each sample, ({shared.samples},)")
-    if shared._masks is not None and not shared.mask_is_used:
+        raise TypeError(
+            f"the penalty returned {given}; it must return the penalty of each sample, ({shared.given.samples},)"
+        )
+    if shared.given.masks is not None and not shared.mask_is_used:
         raise ValueError(
             f"a mask is given, and {type(penalty).__name__} penalises no input gradient that it could confine; leave "
             "the mask out, or take the gradient from shared.gradient in a penalty of your own"

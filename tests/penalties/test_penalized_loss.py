@@ -77,7 +77,7 @@ class OwnPenalty:
 
 def of_another_forward(shared: SharedForward) -> Tensor:
     """A function is a penalty too."""
-    return shared.logits_at(*shared.differentiated()).square().mean(1)
+    return shared.logits_at(*shared.given.differentiated).square().mean(1)
 
 
 @pytest.mark.parametrize(
