@@ -71,6 +71,8 @@ class GroupDRO:
     _adjustments: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.group_sizes, Tensor):
+            raise TypeError("group_sizes are a Tensor; they must be Python numbers: pass its .tolist()")
         sizes = [check_number("a group's size", size) for size in self.group_sizes]
         if not sizes or min(sizes) < 0:
             raise ValueError(

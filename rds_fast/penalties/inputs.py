@@ -93,8 +93,9 @@ def rows_of(x: Any, order: Tensor, samples: int) -> Any:
     """The samples at ``order``. Every tensor with a row for each sample is taken to hold one of it."""
     if isinstance(x, dict):
         return {key: rows_of(value, order, samples) for key, value in x.items()}
-    if isinstance(x, tuple):
-        return tuple(rows_of(value, order, samples) for value in x)
+    if isinstance(x, (tuple, list)):
+        values = [rows_of(value, order, samples) for value in x]
+        return type(x)(*values) if hasattr(x, "_fields") else type(x)(values)  # the first: a NamedTuple
     return x[order] if isinstance(x, Tensor) and x.shape[:1] == (samples,) else x
 
 
@@ -156,14 +157,9 @@ def _check_keys(keys: tuple[Any, ...], items: Mapping[Any, Any]) -> None:
 
 def check_rows(y: Any, samples: int) -> None:
     """Raise unless the labels can be cut by samples: a tensor with a row for each, or several in a tuple or a dict."""
-    if isinstance(y, Tensor):
-        if y.shape[:1] == (samples,):
-            return
-        given = f"shape {tuple(y.shape)}"
-    elif isinstance(y, (tuple, dict)):
+    if isinstance(y, (tuple, dict)) or (isinstance(y, Tensor) and y.shape[:1] == (samples,)):
         return
-    else:
-        given = f"type {type(y).__name__}"
+    given = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"type {type(y).__name__}"
     raise ValueError(f"y has {given}; it must have a row for each of the {samples} samples of x, to be cut for a share")
 
 

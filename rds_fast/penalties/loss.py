@@ -172,7 +172,8 @@ class PenalizedLoss:
                 requires a gradient the total is differentiable with respect to it, and ``total.backward()`` fills
                 ``x.grad`` like any loss of x.
             y: class indices (N,), rows of −100 left out of the cross-entropy and its mean as in PyTorch; or
-                probabilities (N, C). With a loss of one's own, what that takes.
+                probabilities (N, C). With a loss of one's own, what that takes; with a share besides, a tensor with a
+                row for each sample, or a tuple or a dict of such and of what is common to all samples.
             step: the number of the training step, from 0; needed by a schedule and by ``every`` above 1.
             mask: bool or floating point, of x's shape or one that expands to it; for several inputs a tuple or a dict
                 of masks like x, in which None, or no entry, leaves an input as it is.
@@ -279,8 +280,6 @@ class PenalizedLoss:
 def _check_penalty(penalty: Any) -> None:
     per_sample = getattr(penalty, "per_sample", penalty)
     if callable(per_sample) and not isinstance(penalty, type):
-        if isinstance(penalty, Penalty):
-            return
         try:
             inspect.signature(per_sample).bind(None)
         except ValueError:

@@ -104,6 +104,8 @@ def losses_of(loss: Loss | None, logits: Tensor, targets: Any) -> Tensor:
     """The loss of each sample, (N,), checked; (N, 1) is taken for it. None is the cross-entropy."""
     if loss is None:
         return cross_entropies_of(logits, targets)
+    if _is_cross_entropy(loss):
+        refuse_one_logit(logits)
     losses = loss(logits, targets)
     if isinstance(losses, Tensor) and losses.shape == (logits.shape[0], 1):
         losses = losses.squeeze(1)
@@ -117,6 +119,15 @@ def losses_of(loss: Loss | None, logits: Tensor, targets: Any) -> Tensor:
     return losses
 
 
+def _kind(loss: Loss) -> Any:
+    """The loss without the arguments that are bound to it."""
+    return loss.func if isinstance(loss, functools.partial) else loss
+
+
+def _is_cross_entropy(loss: Loss) -> bool:
+    return isinstance(_kind(loss), nn.CrossEntropyLoss) or _kind(loss) is F.cross_entropy
+
+
 def density_under(loss: Loss, logits: Tensor, targets: Any) -> Tensor:
     """log p(x) up to a constant, (N,), of logits that are trained with a loss."""
     stated = getattr(loss, "log_density", None)
@@ -128,11 +139,11 @@ def density_under(loss: Loss, logits: Tensor, targets: Any) -> Tensor:
                 f"{tuple(logits.shape)}; it must return the log density of each sample, (N,)"
             )
         return log_density
-    kind = loss.func if isinstance(loss, functools.partial) else loss
+    kind = _kind(loss)
     if logits.shape[1] == 1 or isinstance(kind, _BINARY) or any(kind is function for function in _BINARY_FUNCTIONS):
         return binary_log_density(logits)
     indices = isinstance(targets, Tensor) and targets.dtype == torch.int64 and targets.shape == logits.shape[:1]
-    if not (indices or isinstance(kind, nn.CrossEntropyLoss) or kind is F.cross_entropy):
+    if not (indices or _is_cross_entropy(loss)):
         raise ValueError(
             f"the log density of x under the loss {loss!r} is not known: its labels are no class indices (N,), so the "
             "logits may be of one class of C, or of C independent labels. Say which by an attribute of the loss: "

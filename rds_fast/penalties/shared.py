@@ -140,6 +140,7 @@ class SharedForward:
         self.model, self.x, self.targets = model, self.given.x, y
         self._loss, self._label_smoothing, self._trains = loss, label_smoothing, trains
         self.mask_is_used = False
+        self._logits: Tensor | None = None
         self._aliases: tuple[Tensor, ...] = ()
         self._inner_passes: dict[str, InputGradients] = {}
 
@@ -155,7 +156,7 @@ class SharedForward:
 
         shared = SharedForward(nothing, x, y)
         shared._aliases = (x,)
-        shared.__dict__["logits"] = logits
+        shared._logits = logits
         return shared
 
     def run(self, derivatives: int = 2) -> None:
@@ -176,19 +177,20 @@ class SharedForward:
             refuse_compiled_logits(logits)
         if self._trains and self._loss is None:
             refuse_one_logit(logits)
-        self.__dict__["logits"] = logits
+        self._logits = logits
 
     @property
     def has_run(self) -> bool:
         """Whether the logits are there."""
-        return "logits" in self.__dict__
+        return self._logits is not None
 
-    @cached_property
+    @property
     def logits(self) -> Tensor:
         """(N, C)."""
-        self.run()
-        logits: Tensor = self.__dict__["logits"]
-        return logits
+        if self._logits is None:
+            self.run()
+        assert self._logits is not None
+        return self._logits
 
     @property
     def inputs(self) -> Any:

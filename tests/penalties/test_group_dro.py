@@ -126,6 +126,7 @@ def test_the_worst_group_is_trained() -> None:
         ([3, -1], {}, ValueError, r"group_sizes are \[3\.0, -1\.0\]"),
         (["3"], {}, TypeError, "a group's size is '3', a str; it must be a Python number"),
         ([3, 0], {"adjustment": 1.0}, ValueError, "a group without samples has none"),
+        (torch.tensor([3, 1]), {}, TypeError, r"group_sizes are a Tensor; .* pass its \.tolist\(\)"),
         ([3], {"step_size": 0}, ValueError, "step_size is 0; it must be positive and finite"),
         ([3], {"adjustment": -1}, ValueError, "adjustment is -1; it must be finite and not negative"),
         ([3], {"loss": nn.CrossEntropyLoss()}, ValueError, "with reduction='mean'"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import penalty_references as references
 import pytest
@@ -198,6 +198,16 @@ def test_one_logit_is_refused_where_a_softmax_is_taken(call: Any) -> None:
             call(one_logit(), x, y)
 
 
+@pytest.mark.parametrize(
+    "loss", [nn.CrossEntropyLoss(reduction="none"), functools.partial(F.cross_entropy, reduction="none")]
+)
+def test_pytorchs_cross_entropy_of_one_logit_is_refused_too(loss: Any) -> None:
+    x, y = batch()
+    for labels in (torch.zeros_like(y), torch.rand(6, 1, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="one logit a sample, and a softmax over one class is 1"):
+            PenalizedLoss(DensityPenalty(), loss=loss)(one_logit(), x, labels)
+
+
 def test_where_no_softmax_is_taken_one_logit_is_welcome() -> None:
     model, (x, y) = one_logit(), batch()
     zeros = torch.zeros_like(y)
@@ -366,13 +376,20 @@ def test_sums_of_16_bit_weights_and_losses_do_not_overflow() -> None:
     assert terms.cross_entropy == 100.0
 
 
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
 def test_several_labels_a_sample_are_cut_with_a_share() -> None:
     """As mixing samples has them: two labels and how much there is of each."""
     model, (x, y) = mlp(), batch()
-    mixed = {"labels": (y, y.flip(0)), "part": torch.rand(6, dtype=torch.float64)}
+    mixed = {"labels": Pair(y, y.flip(0)), "part": torch.rand(6, dtype=torch.float64)}
 
     def loss(logits: Tensor, y: Any) -> Tensor:
-        first, second = (F.cross_entropy(logits, labels, reduction="none") for labels in y["labels"])
+        first, second = (
+            F.cross_entropy(logits, labels, reduction="none") for labels in (y["labels"].first, y["labels"].second)
+        )
         return y["part"] * first + (1 - y["part"]) * second
 
     terms = PenalizedLoss(InputGradientPenalty(), loss=loss, share=0.5)(model, x, mixed)
