@@ -132,10 +132,12 @@ def density_under(loss: Loss, logits: Tensor, targets: Any) -> Tensor:
     """log p(x) up to a constant, (N,), of logits that are trained with a loss."""
     stated = getattr(loss, "log_density", None)
     if callable(stated):
-        log_density: Tensor = stated(logits)
-        if log_density.shape != logits.shape[:1]:
+        log_density = stated(logits)
+        if not isinstance(log_density, Tensor) or log_density.shape != logits.shape[:1]:
+            tensor = isinstance(log_density, Tensor)
+            given = f"shape {tuple(log_density.shape)}" if tensor else type(log_density).__name__
             raise ValueError(
-                f"the loss's log_density returned shape {tuple(log_density.shape)} for logits of shape "
+                f"the loss's log_density returned {given} for logits of shape "
                 f"{tuple(logits.shape)}; it must return the log density of each sample, (N,)"
             )
         return log_density
