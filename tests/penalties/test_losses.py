@@ -170,6 +170,16 @@ class TestBinary:
         ):
             with pytest.raises(error, match=message):
                 PenalizedLoss(DensityPenalty(), loss=BinaryCrossEntropy())(model, x, labels)
+        with pytest.raises(ValueError, match=r"y has shape \(6,\) and the logits \(6,\); a binary cross-entropy needs"):
+            BinaryCrossEntropy()(torch.zeros(6), torch.zeros(6))
+
+        def stated(logits: Tensor, y: Any) -> Tensor:
+            return logits.sum(1)
+
+        for density, given in ((lambda logits: logits.sum(), r"shape \(\)"), (lambda logits: None, "NoneType")):
+            stated.log_density = density  # type: ignore[attr-defined]
+            with pytest.raises(ValueError, match=f"the loss's log_density returned {given} for logits"):
+                PenalizedLoss(DensityPenalty(), loss=stated)(model, x, y)
 
 
 ONE_LOGIT = {
