@@ -92,8 +92,7 @@ class AdversarialLoss:
         """
         check_input(x)
         check_pair(x, y)
-        if sample_weight is not None:
-            check_sample_weight(sample_weight, x)
+        check_sample_weight(sample_weight, x)
         with implementation(self.fast):
             moved = self._worst(model, x, y)
             logits = logits_of(model, moved)

@@ -234,8 +234,7 @@ class RobustAttributionLoss(_Regularisation):
         """
         weight = weight_at(self.weight, step)
         layer = self._check_call(model, x, y)
-        if sample_weight is not None:
-            check_sample_weight(sample_weight, x)
+        check_sample_weight(sample_weight, x)
         shared = not samples_interact(model)
         with implementation(self.fast):
             moved = self._attack(model, x.detach(), y, layer, weight, shared)

@@ -61,12 +61,17 @@ def check_input(x: Any, name: str = "x", hint: str = "") -> None:
         )
 
 
-def check_pair(x: Tensor, y: Any) -> None:
-    """y holds a label, or the probabilities, of each sample of x."""
+def check_targets(y: Any) -> None:
+    """y is a tensor, as the cross-entropy needs it."""
     if not isinstance(y, Tensor):
         raise TypeError(
             f"y is a {type(y).__name__}; it must be a torch.Tensor of class indices (N,) or probabilities (N, C)"
         )
+
+
+def check_pair(x: Tensor, y: Any) -> None:
+    """y holds a label, or the probabilities, of each sample of x."""
+    check_targets(y)
     if y.shape[:1] != x.shape[:1]:
         raise ValueError(f"y has shape {tuple(y.shape)}; x of shape {tuple(x.shape)} needs a label of each sample")
 

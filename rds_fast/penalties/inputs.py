@@ -28,18 +28,18 @@ class Inputs(NamedTuple):
     @staticmethod
     def checked(x: Any, with_respect_to: str | int | Sequence[str | int] | None = None, mask: Any = None) -> Inputs:
         """Those that ``rds_fast.PenalizedLoss`` was given."""
-        keys = _keys_of(x, with_respect_to)
-        return Inputs(x, keys, _masks_of(mask, x, keys))
+        inputs = Inputs(x, _keys_of(x, with_respect_to))
+        return inputs if mask is None else inputs._replace(masks=_masks_of(mask, inputs))
 
     @property
     def differentiated(self) -> tuple[Tensor, ...]:
         """The tensors at the keys."""
-        return _at(self.x, self.keys)
+        return (self.x,) if self.keys == (None,) else tuple(self.x[key] for key in self.keys)
 
     @property
     def names(self) -> tuple[str, ...]:
         """What messages call them."""
-        return _names(self.keys)
+        return tuple(map(_name, self.keys))
 
     @property
     def samples(self) -> int:
@@ -77,16 +77,8 @@ class Inputs(NamedTuple):
         )
 
 
-def _at(x: Any, keys: tuple[Key, ...]) -> tuple[Tensor, ...]:
-    return (x,) if keys == (None,) else tuple(x[key] for key in keys)
-
-
 def _name(key: Key) -> str:
     return "x" if key is None else f"x[{key!r}]"
-
-
-def _names(keys: tuple[Key, ...]) -> tuple[str, ...]:
-    return tuple(map(_name, keys))
 
 
 def rows_of(x: Any, order: Tensor, samples: int) -> Any:
@@ -163,14 +155,13 @@ def check_rows(y: Any, samples: int) -> None:
     raise ValueError(f"y has {given}; it must have a row for each of the {samples} samples of x, to be cut for a share")
 
 
-def _masks_of(mask: Any, x: Any, keys: tuple[Key, ...]) -> tuple[Tensor | None, ...] | None:
+def _masks_of(mask: Any, inputs: Inputs) -> tuple[Tensor | None, ...]:
     """The mask of each input at the keys, checked: bool, or floating-point factors, and expands to the input's shape.
 
     A tensor is the mask of the only input. For several it is a tuple or a dict like x; an input without one, or with
     None, is not masked.
     """
-    if mask is None:
-        return None
+    x, keys, _ = inputs
     if keys == (None,) or (isinstance(mask, Tensor) and len(keys) == 1):
         masks: tuple[Any, ...] = (mask,)
     elif type(mask) is not type(x):
@@ -187,7 +178,7 @@ def _masks_of(mask: Any, x: Any, keys: tuple[Key, ...]) -> tuple[Tensor | None, 
                     f"{', '.join(map(repr, keys))} alone"
                 )
         masks = tuple(given.get(key) for key in keys)
-    for one, value, name in zip(masks, _at(x, keys), _names(keys), strict=True):
+    for one, value, name in zip(masks, inputs.differentiated, inputs.names, strict=True):
         if one is not None:
             _check_mask(one, value, name)
     return masks

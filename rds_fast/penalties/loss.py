@@ -17,7 +17,7 @@ from ..backends import implementation
 from ..compilation import uncompiled
 from ..ops.inputs import check_number
 from ..reference import precise
-from .checks import check_autograd
+from .checks import check_autograd, check_targets
 from .inputs import Inputs, check_rows, rows_of
 from .losses import Loss, check_label_smoothing, check_loss, check_sample_weight, mean_of_counted, weighted_mean
 from .model_state import frozen_statistics, samples_interact
@@ -191,15 +191,13 @@ class PenalizedLoss:
         """
         weight = weight_at(self.weight, step)
         applied = self._applied_at(step)
-        if self.loss is None and not isinstance(y, Tensor):
-            raise TypeError(
-                f"y is a {type(y).__name__}; it must be a torch.Tensor of class indices (N,) or probabilities (N, C)"
-            )
-        batch = _Batch(model, Inputs.checked(x, self.with_respect_to, mask), y, sample_weight)
-        if sample_weight is not None:
-            check_sample_weight(sample_weight, batch.inputs.differentiated[0])
+        inputs = Inputs.checked(x, self.with_respect_to, mask)
+        if self.loss is None:
+            check_targets(y)
+        check_sample_weight(sample_weight, inputs.differentiated[0])
+        batch = _Batch(model, inputs, y, sample_weight)
         with implementation(self.fast and (not applied or getattr(self.penalty, "fast", True))):
-            losses, penalty, logits = self._terms(batch) if applied else self._without_penalty(batch)
+            losses, penalty, logits = self._terms(batch) if applied else self._shared(batch, penalised=False)
             if self.loss is None:
                 cross_entropy = mean_of_counted(losses, y, sample_weight)
             else:
@@ -235,12 +233,12 @@ class PenalizedLoss:
         order = torch.randperm(samples, device=batch.inputs.device, generator=self.generator)
         part = batch.at(order[:drawn])
         if samples_interact(batch.model):
-            losses, _, logits = self._without_penalty(batch)
+            losses, _, logits = self._shared(batch, penalised=False)
             with frozen_statistics(batch.model):
                 penalties = penalties_of(self.penalty, self._forward(part))
         else:
             first_losses, penalties, first_logits = self._shared(part)
-            rest_losses, _, rest_logits = self._without_penalty(batch.at(order[drawn:]))
+            rest_losses, _, rest_logits = self._shared(batch.at(order[drawn:]), penalised=False)
             losses, logits = (
                 torch.empty_like(both).index_copy(0, order, both)
                 for both in (torch.cat([first_losses, rest_losses]), torch.cat([first_logits, rest_logits]))
@@ -252,19 +250,14 @@ class PenalizedLoss:
         penalty = (penalties * weight).sum() * (samples / drawn) / total
         return losses, penalty.to(penalties.dtype), logits
 
-    def _shared(self, batch: _Batch) -> _Terms:
-        """The losses and the penalties of each sample, from one forward as far as the penalty allows it."""
+    def _shared(self, batch: _Batch, *, penalised: bool = True) -> _Terms:
+        """The losses of each sample, and the penalties or 0, from one forward as far as the penalty allows it."""
         shared = self._forward(batch, trains=True)
-        penalties = penalties_of(self.penalty, shared)
+        penalties = penalties_of(self.penalty, shared) if penalised else None
         if not shared.has_run:
             shared.run(derivatives=0)
-        return shared.training_loss, penalties, shared.logits
-
-    def _without_penalty(self, batch: _Batch) -> _Terms:
-        shared = self._forward(batch, trains=True)
-        shared.run(derivatives=0)
         losses = shared.training_loss
-        return losses, losses.new_zeros(()), shared.logits
+        return losses, losses.new_zeros(()) if penalties is None else penalties, shared.logits
 
     def _forward(self, batch: _Batch, *, trains: bool = False) -> SharedForward:
         return SharedForward(

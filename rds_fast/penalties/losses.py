@@ -26,7 +26,7 @@ from ..ops.cross_entropy import check_class_indices, cross_entropy_with_logsumex
 from ..ops.inputs import can_be_read, check_number
 from ..ops.logsumexp import logsumexp
 from ..reference import precise
-from .checks import IGNORED, check_labels, refuse_normalised, refuse_one_logit
+from .checks import IGNORED, check_labels, check_targets, refuse_normalised, refuse_one_logit
 
 # (logits (N, C), y) to the loss of each sample, (N,).
 Loss = Callable[[Tensor, Any], Tensor]
@@ -96,6 +96,7 @@ def check_loss(loss: Any) -> None:
 
 def cross_entropies_of(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The cross-entropy of each sample, (N,)."""
+    check_targets(y)
     refuse_one_logit(logits)
     return cross_entropy_with_logsumexp(logits, y, label_smoothing=label_smoothing)[0]
 
@@ -172,7 +173,9 @@ def check_label_smoothing(value: float) -> None:
 
 
 def check_sample_weight(sample_weight: Any, x: Tensor) -> None:
-    """Raise unless there is a floating-point weight of each sample of x, on its device."""
+    """Raise unless it is None or a floating-point weight of each sample of x, on its device."""
+    if sample_weight is None:
+        return
     if not isinstance(sample_weight, Tensor) or not sample_weight.is_floating_point():
         given = sample_weight.dtype if isinstance(sample_weight, Tensor) else f"a {type(sample_weight).__name__}"
         raise TypeError(
