@@ -16,7 +16,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -127,6 +127,11 @@ def use_backend(backend: str) -> Iterator[None]:
         yield
     finally:
         _requested.reset(token)
+
+
+def implementation(fast: bool) -> AbstractContextManager[None]:
+    """``fast=False``: the operations inside, and the model's layers, run on plain PyTorch."""
+    return nullcontext() if fast else use_backend("reference")
 
 
 @functools.cache

@@ -21,6 +21,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def precise(tensor: Tensor) -> Tensor:
+    """The tensor in that dtype."""
+    return tensor.to(accumulation_dtype(tensor.dtype))
+
+
 def logsumexp(input: Tensor, dim: int | tuple[int, ...] = -1, keepdim: bool = False) -> Tensor:
     """``log Σ exp(input)`` over ``dim``, with the gradient ``softmax(input)``. See ``rds_fast.logsumexp``."""
     return torch.logsumexp(input.to(accumulation_dtype(input.dtype)), dim, keepdim).to(input.dtype)

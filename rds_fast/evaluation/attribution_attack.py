@@ -17,7 +17,7 @@ from ..attacks.pgd import check_attack, check_floating, detached
 from ..compilation import compiled_part
 from ..ops.inputs import check_count, check_number
 from ..penalties.integrated_gradients import PathTerms, integrated_gradients, path_terms
-from ..penalties.shared import target_logit
+from ..penalties.losses import target_logit
 from ..reference import accumulation_dtype
 from ..training.names import check_name
 from .attributions import pixel_scores

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..ops.gradient_norm import gradient_norm
 from ..ops.logsumexp import logsumexp
 from ..penalties.checks import refuse_normalised
-from ..penalties.inner_pass import differentiable_input, forward, input_gradients
+from ..penalties.shared import differentiable_input, input_gradients, logits_of
 from ..training import data
 from .detection import auroc, fpr_at_tpr
 from .other_data import load_like, parse_source
@@ -44,10 +44,10 @@ def in_distribution_scores(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """
     with torch.inference_mode(False), torch.enable_grad():
         x = differentiable_input(x.detach().clone())  # a clone, because inference tensors allow no autograd
-        logits = forward(model, x, twice_differentiable=False)
+        logits = logits_of(model, x, derivatives=1)
         refuse_normalised(logits)
         log_density = logsumexp(logits, 1)
-        (gradient,) = input_gradients(log_density, (x,))
+        (gradient,) = input_gradients(log_density, (x,)).undone()
     # In float64: in float32 all confidences above 1 − 6e-8 would be tied.
     confidence = logits.detach().double().softmax(1).amax(1)
     return {

@@ -247,12 +247,17 @@ _RANKS: dict[Any, int] = {
 
 def _can_run(plain: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether there is a gradient to speed up, and nothing that PyTorch's function would refuse or treat specially."""
-    tensors = [input, weight] if bias is None else [input, weight, bias]
+    requires_grad = False
+    for tensor in (input, weight, bias):  # a loop, since all() and any() of generators call back for each element
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            return False
+        requires_grad = requires_grad or tensor.requires_grad
     rank = _RANKS[plain]
     return (
-        torch.is_grad_enabled()
-        and all(t.is_floating_point() and t.layout == torch.strided for t in tensors)
-        and any(t.requires_grad for t in tensors)
+        requires_grad
+        and torch.is_grad_enabled()
         and weight.dim() == rank + 2
         and input.dim() in (rank + 1, rank + 2)
         and not runs_plainly(input)
@@ -261,8 +266,9 @@ def _can_run(plain: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: 
 
 def _for_each(rank: int, value: int | tuple[int, ...]) -> tuple[int, ...]:
     """One number for each spatial dimension. They may be NumPy's, as PyTorch's own functions allow."""
-    values = (value,) if isinstance(value, Integral) else value
-    numbers = tuple(operator.index(number) for number in values)  # type: ignore[union-attr]  # Integral includes int
+    single = not isinstance(value, tuple) and isinstance(value, Integral)  # a tuple is recognised sooner
+    values = (value,) if single else value
+    numbers = tuple(map(operator.index, values))  # type: ignore[arg-type]  # Integral includes int
     return numbers * rank if len(numbers) == 1 else numbers
 
 

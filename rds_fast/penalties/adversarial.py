@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..attacks.pgd import ascend, check_attack, detached
+from ..backends import implementation
 from ..compilation import uncompiled
-from ..ops.inputs import check_number
-from .checks import check_input
-from .inner_pass import frozen_statistics, implementation, logits_of
-from .integrated_gradients import check_pair, cross_entropies_of
-from .loss import LossTerms, check_sample_weight, mean_of_counted
+from .checks import check_input, check_pair
+from .loss import LossTerms
+from .losses import check_label_smoothing, check_sample_weight, cross_entropies_of, mean_of_counted
+from .model_state import frozen_statistics
+from .shared import logits_of
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,7 @@ class AdversarialLoss:
         """
         check_input(x)
         check_pair(x, y)
-        if sample_weight is not None:
-            check_sample_weight(sample_weight, x)
+        check_sample_weight(sample_weight, x)
         with implementation(self.fast):
             moved = self._worst(model, x, y)
             logits = logits_of(model, moved)
@@ -103,7 +103,7 @@ class AdversarialLoss:
         with frozen_statistics(model):
             frozen = detached(model)
             return ascend(
-                lambda moved: cross_entropies(frozen, moved, y, self.label_smoothing),
+                lambda moved: cross_entropies_of(logits_of(frozen, moved), y, self.label_smoothing),
                 x,
                 self.epsilon,
                 norm=self.norm,
@@ -113,14 +113,3 @@ class AdversarialLoss:
                 bounds=self.bounds,
                 generator=self.generator,
             )
-
-
-def cross_entropies(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """The cross-entropy of each sample, (N,)."""
-    return cross_entropies_of(logits_of(model, x), y, label_smoothing)
-
-
-def check_label_smoothing(value: float) -> None:
-    """Raise TypeError or ValueError unless the value is a number in [0, 1]."""
-    if not 0 <= check_number("label_smoothing", value) <= 1:
-        raise ValueError(f"label_smoothing is {value}; it must be in [0, 1]")

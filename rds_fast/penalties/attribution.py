@@ -23,16 +23,17 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.pgd import ascend, check_attack, detached
+from ..backends import implementation
 from ..compilation import uncompiled
 from ..ops.gradient_norm import gradient_norm
 from ..ops.inputs import check_count
-from .adversarial import check_label_smoothing, cross_entropies
-from .checks import check_autograd, check_choice, check_input, refuse_compiled
-from .inner_pass import frozen_statistics, implementation, logits_of, samples_interact
-from .integrated_gradients import check_pair, cross_entropies_of, find_layer, path_terms
-from .loss import LossTerms, check_sample_weight, mean_of_counted, weighted_mean
+from .checks import check_autograd, check_choice, check_input, check_pair, refuse_compiled
+from .integrated_gradients import find_layer, path_terms
+from .loss import LossTerms
+from .losses import check_label_smoothing, check_sample_weight, cross_entropies_of, mean_of_counted, weighted_mean
+from .model_state import frozen_statistics, samples_interact
 from .schedules import Schedule, check_weight, is_zero, weight_at
-from .shared import Penalty, SharedForward
+from .shared import Penalty, SharedForward, logits_of
 
 SIZES = ("l1", "l2", "sum")
 
@@ -233,8 +234,7 @@ class RobustAttributionLoss(_Regularisation):
         """
         weight = weight_at(self.weight, step)
         layer = self._check_call(model, x, y)
-        if sample_weight is not None:
-            check_sample_weight(sample_weight, x)
+        check_sample_weight(sample_weight, x)
         shared = not samples_interact(model)
         with implementation(self.fast):
             moved = self._attack(model, x.detach(), y, layer, weight, shared)
@@ -251,7 +251,7 @@ class RobustAttributionLoss(_Regularisation):
 
         def objective(moved: Tensor) -> Tensor:
             if is_zero(weight):
-                return cross_entropies(frozen, moved, y, self.label_smoothing)
+                return cross_entropies_of(logits_of(frozen, moved), y, self.label_smoothing)
             terms = self._terms(frozen, moved, x, y, self._attack_path_steps, layer, shared)
             return terms.cross_entropy + weight * terms.size
 
@@ -263,7 +263,7 @@ class RobustAttributionLoss(_Regularisation):
         if self.size == "sum":
             logits = logits_of(model, moved)
             with frozen_statistics(model):
-                size = cross_entropies_of(logits, y) - cross_entropies(model, x, y)
+                size = cross_entropies_of(logits, y) - cross_entropies_of(logits_of(model, x), y)
         elif shared:
             attribution, logits = path_terms(model, moved, y, x, steps, layer)
             size = self._norm(attribution)

@@ -38,10 +38,10 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {valid}. Did you mean {nearest!r}?")
 
 
-def check_input(x: Any, name: str = "x") -> None:
-    """x is a batch of floating-point inputs that autograd can follow."""
+def check_input(x: Any, name: str = "x", hint: str = "") -> None:
+    """x is a batch of floating-point inputs that autograd can follow. ``hint``: more of what to do about it."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}; it must be a torch.Tensor of shape (N, ...)")
+        raise TypeError(f"{name} is a {type(x).__name__}; it must be a torch.Tensor of shape (N, ...){hint}")
     if x.is_complex():
         raise TypeError(
             f"{name} is {x.dtype}; a penalty needs the gradient with respect to real numbers. Pass "
@@ -53,12 +53,27 @@ def check_input(x: Any, name: str = "x") -> None:
             f"images of bytes with {name}.float() / 255"
         )
     if x.dim() == 0:
-        raise ValueError(f"{name} has no dimension; it must have shape (N, ...), one sample a row")
+        raise ValueError(f"{name} has no dimension; it must have shape (N, ...), one sample a row{hint}")
     if x.is_inference():
         raise RuntimeError(
             f"{name} was made in torch.inference_mode, so autograd cannot follow it; make it outside, or pass "
             f"{name}.clone()"
         )
+
+
+def check_targets(y: Any) -> None:
+    """y is a tensor, as the cross-entropy needs it."""
+    if not isinstance(y, Tensor):
+        raise TypeError(
+            f"y is a {type(y).__name__}; it must be a torch.Tensor of class indices (N,) or probabilities (N, C)"
+        )
+
+
+def check_pair(x: Tensor, y: Any) -> None:
+    """y holds a label, or the probabilities, of each sample of x."""
+    check_targets(y)
+    if y.shape[:1] != x.shape[:1]:
+        raise ValueError(f"y has shape {tuple(y.shape)}; x of shape {tuple(x.shape)} needs a label of each sample")
 
 
 def check_model(model: Any) -> None:
@@ -94,8 +109,8 @@ def check_autograd() -> None:
         )
 
 
-def check_logits(logits: Any, x: Any) -> None:
-    """logits is one floating-point tensor (N, C); the samples of several inputs were counted before."""
+def check_logits(logits: Any, x: Any, samples: int | None = None) -> None:
+    """logits is one floating-point tensor (N, C). ``samples``: N, where x is several inputs."""
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"the model returned a {type(logits).__name__}; a penalty needs one tensor of logits (N, C). Wrap the "
@@ -103,12 +118,13 @@ def check_logits(logits: Any, x: Any) -> None:
         )
     if not logits.is_floating_point():
         raise TypeError(f"the logits are {logits.dtype}; they must be floating point, the model's output before argmax")
-    if logits.dim() != 2 or (isinstance(x, Tensor) and logits.shape[0] != x.shape[0]):
-        given = f"for x of shape {tuple(x.shape)}; " if isinstance(x, Tensor) else ""
-        samples = f"for each of the {x.shape[0]} samples" if isinstance(x, Tensor) else "a sample"
+    if isinstance(x, Tensor):
+        samples = x.shape[0]
+    if logits.dim() != 2 or logits.shape[0] != samples:
+        given = f"x of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"inputs of {samples} samples"
         raise ValueError(
-            f"the logits have shape {tuple(logits.shape)} {given}they must be (N, C), one row {samples}. Pool or "
-            "flatten further dimensions inside the model"
+            f"the logits have shape {tuple(logits.shape)} for {given}; they must be (N, C), one row for each of the "
+            f"{samples} samples. Pool or flatten further dimensions inside the model"
         )
 
 

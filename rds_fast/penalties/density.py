@@ -18,13 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backends import implementation
 from ..compilation import uncompiled
 from ..ops.gradient_norm import check_norm, gradient_norm
 from ..ops.inputs import check_number
 from ..ops.logsumexp import logsumexp, without_autocast
 from .checks import check_choice, check_input, refuse_normalised, refuse_one_logit
-from .inner_pass import RandomState, implementation, logits_of
-from .shared import Penalty, SharedForward, penalties_of
+from .model_state import RandomState
+from .shared import Penalty, SharedForward, logits_of, penalties_of
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -176,9 +177,9 @@ class DensityPenalty(Penalty):
         """The penalty of each sample, (N,). The labels are not used."""
         if self.method == "exact":
             return shared.gradient_norm("log_density", self.p, self.power)
-        for x in shared.differentiated():
+        for x in shared.given.differentiated:
             _refuse_coarse("x is", x.dtype)
-        device = shared.differentiated()[0].device
+        device = shared.given.device
         with without_autocast(device):
             random_state = RandomState(device)
             shared.run(derivatives=1)
@@ -187,7 +188,7 @@ class DensityPenalty(Penalty):
             norm, directions = self._dual_direction(shared, shared.gradients_without_graph(log_density))
             # From the caller's x: if that needs no gradient, neither does the second forward's input.
             step_size = float(self.step_size)
-            moved = [x + step_size * d for x, d in zip(shared.differentiated(), directions, strict=True)]
+            moved = [x + step_size * d for x, d in zip(shared.given.differentiated, directions, strict=True)]
             with random_state.replayed():
                 moved_density = shared.log_density_of(shared.logits_at(*moved))
             # Other samples move this one through batch norm, so a zero direction alone would not give zero.

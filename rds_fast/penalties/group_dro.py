@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.cross_entropy import cross_entropy_with_logsumexp
-from ..ops.inputs import check_number
+from ..ops.inputs import can_be_read, check_number
 from .adaptive import loaded
+from .checks import IGNORED
 from .loss import LossTerms
 from .losses import Loss, check_loss, losses_of
 
@@ -60,6 +60,7 @@ class GroupDRO:
     Raises:
         TypeError: a number is none, or the loss is not callable.
         ValueError: there is no group, a size is negative, or a number is out of its range.
+        IndexError: when called or updated on CPU, a group is none of them; on CUDA indexing fails, as in PyTorch.
     """
 
     group_sizes: Sequence[int]
@@ -70,6 +71,8 @@ class GroupDRO:
     _adjustments: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.group_sizes, Tensor):
+            raise TypeError("group_sizes are a Tensor; they must be Python numbers: pass its .tolist()")
         sizes = [check_number("a group's size", size) for size in self.group_sizes]
         if not sizes or min(sizes) < 0:
             raise ValueError(
@@ -90,7 +93,7 @@ class GroupDRO:
     def __call__(self, groups: Tensor) -> Tensor:
         """The weight of each sample of a batch with these groups (N,), int64; (N,), float32."""
         log_weights = self._on_the_device_of(groups)
-        counts = self._members(groups).sum(0)
+        counts = self._members(groups).sum(0)  # at least 1 wherever it is used
         weights = log_weights.clamp(min=_LEAST_LOG_WEIGHT).exp() / counts
         return weights[groups]
 
@@ -103,11 +106,13 @@ class GroupDRO:
     def update(self, terms: LossTerms, y: Any, groups: Tensor) -> None:
         """Take in the logits of a training step, from its terms, with the labels and the groups (N,) of its samples."""
         logits = terms.logits.detach()
-        losses = cross_entropy_with_logsumexp(logits, y)[0] if self.loss is None else losses_of(self.loss, logits, y)
+        losses = losses_of(self.loss, logits, y)
         if groups.shape[0] != logits.shape[0]:
             raise ValueError(f"there are {groups.shape[0]} groups for {logits.shape[0]} samples; give one for each")
         log_weights, adjustments = self._on_the_device_of(groups), self._adjustments
         members = self._members(groups)
+        if self.loss is None and not y.is_floating_point():
+            members = members & (y != IGNORED)[:, None]
         counts = members.sum(0)
         # By a sum over (N, groups), which is deterministic on every device.
         sums = torch.where(members, losses.float()[:, None], 0.0).sum(0)
@@ -131,6 +136,11 @@ class GroupDRO:
         if groups.device != self._log_weights.device:
             self._log_weights = self._log_weights.to(groups.device, non_blocking=True)
             self._adjustments = self._adjustments.to(groups.device, non_blocking=True)
+        if can_be_read(groups) and bool(((groups < 0) | (groups >= len(self._log_weights))).any()):
+            raise IndexError(
+                f"groups hold a number outside 0 to {len(self._log_weights) - 1}; group_sizes are of "
+                f"{len(self._log_weights)} groups"
+            )
         return self._log_weights
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -23,18 +23,12 @@ from torch import Tensor, nn
 
 from ..attacks.pgd import detached
 from ..compilation import uncompiled
-from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..ops.inputs import check_count, check_number
-from ..reference import accumulation_dtype
-from .checks import check_choice, check_input, refuse_compiled, refuse_one_logit
-from .inner_pass import (
-    differentiable_input,
-    forward,
-    frozen_statistics,
-    guarded_input_gradient,
-    samples_interact,
-)
-from .shared import target_logit
+from ..reference import accumulation_dtype, precise
+from .checks import check_choice, check_input, check_pair, refuse_compiled
+from .losses import cross_entropies_of, target_logit
+from .model_state import frozen_statistics, samples_interact
+from .shared import differentiable_input, input_gradients, logits_of
 
 # Without a graph to be kept, about so many values of inputs at most go through the model at once: 16 MiB in float32,
 # and some hundred times that in the activations of a convolutional network.
@@ -153,25 +147,19 @@ def path_terms(
     first = positions.start if layer is None else positions.start - 1  # a difference needs the point before, too
     points = differentiable_input(_path(x, baseline, range(first, positions.stop), steps))
     with _outputs_of(layer) as outputs:
-        logits = forward(model, points, twice_differentiable=create_graph)
+        logits = logits_of(model, points, derivatives=2 if create_graph else 1)
     count, samples = positions.stop - first, x.shape[0]
     labels = y.expand(count, *y.shape).flatten(0, 1)
     place = points if layer is None else _only(outputs, len(points))
     output = (output_of or cross_entropies_of)(logits, labels)
-    gradient = guarded_input_gradient(output, place, create_graph=create_graph)
-    gradient = _precise(gradient).unflatten(0, (count, samples))
+    (gradient,) = input_gradients(output, (place,), create_graph=create_graph).undone()
+    gradient = precise(gradient).unflatten(0, (count, samples))
     if layer is None:
-        attribution = (_precise(x) - _precise(baseline)) * (gradient.sum(0) / steps)
+        attribution = (precise(x) - precise(baseline)) * (gradient.sum(0) / steps)
     else:
-        outputs_along = _precise(place).unflatten(0, (count, samples))
+        outputs_along = precise(place).unflatten(0, (count, samples))
         attribution = (gradient[1:] * outputs_along.diff(dim=0)).sum(0)
     return PathTerms(attribution if create_graph else attribution.detach(), logits[-samples:] if samples else logits)
-
-
-def cross_entropies_of(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """The cross-entropy of each sample, (N,)."""
-    refuse_one_logit(logits)
-    return cross_entropy_with_logsumexp(logits, y, label_smoothing=label_smoothing)[0]
 
 
 def find_layer(model: Any, name: str | None) -> nn.Module | None:
@@ -186,16 +174,6 @@ def find_layer(model: Any, name: str | None) -> nn.Module | None:
         hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
         raise ValueError(f"layer is {name!r}; the model has no such module. {hint}See model.named_modules() for all")
     return modules[name]
-
-
-def check_pair(x: Tensor, y: Any) -> None:
-    """y holds a label, or the probabilities, of each sample of x."""
-    if not isinstance(y, Tensor):
-        raise TypeError(
-            f"y is a {type(y).__name__}; it must be a torch.Tensor of class indices (N,) or probabilities (N, C)"
-        )
-    if y.shape[:1] != x.shape[:1]:
-        raise ValueError(f"y has shape {tuple(y.shape)}; x of shape {tuple(x.shape)} needs a label of each sample")
 
 
 def _baseline(baseline: Tensor | float, x: Tensor) -> Tensor:
@@ -261,10 +239,6 @@ def _only(outputs: list[Any], points: int) -> Tensor:
     if not output.requires_grad:
         raise RuntimeError("the layer's output does not depend differentiably on x; look for .detach() before it")
     return output
-
-
-def _precise(tensor: Tensor) -> Tensor:
-    return tensor.to(accumulation_dtype(tensor.dtype))
 
 
 _OUTPUTS = {"cross_entropy": cross_entropies_of, "target_logit": target_logit}

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends import implementation
 from ..compilation import uncompiled
 from ..ops.inputs import check_number
-from .checks import IGNORED, check_autograd
-from .inner_pass import frozen_statistics, implementation, samples_interact
-from .inputs import Key, Masks, at, keys_of, mask_rows, masks_of, rows_of
-from .losses import Loss, check_loss
+from ..reference import precise
+from .checks import check_autograd, check_targets
+from .inputs import Inputs, check_rows, rows_of
+from .losses import Loss, check_label_smoothing, check_loss, check_sample_weight, mean_of_counted, weighted_mean
+from .model_state import frozen_statistics, samples_interact
 from .schedules import Schedule, check_steps, check_weight, weight_at
 from .shared import Penalty, SharedForward, penalties_of
 
@@ -40,21 +42,14 @@ class _Batch(NamedTuple):
     """What a call was given, checked."""
 
     model: Callable[..., Tensor]
-    x: Any
+    inputs: Inputs
     y: Any
-    keys: tuple[Key, ...]
-    masks: Masks
     sample_weight: Tensor | None
 
     def at(self, order: Tensor) -> _Batch:
         """The samples at ``order``."""
-        x, y = (rows_of(values, order, self.samples) for values in (self.x, self.y))
         weight = None if self.sample_weight is None else self.sample_weight[order]
-        return self._replace(x=x, y=y, masks=mask_rows(self.masks, self.x, self.keys, order), sample_weight=weight)
-
-    @property
-    def samples(self) -> int:
-        return at(self.x, self.keys)[0].shape[0]
+        return _Batch(self.model, self.inputs.rows(order), rows_of(self.y, order, self.inputs.samples), weight)
 
 
 # The loss of each sample (N,), the penalty, and the logits.
@@ -151,8 +146,7 @@ class PenalizedLoss:
         check_steps(self.every, "every")
         if not 0 < check_number("share", self.share) <= 1:
             raise ValueError(f"share is {self.share}; it must be in (0, 1], the part of each batch that is penalised")
-        if not 0 <= check_number("label_smoothing", self.label_smoothing) <= 1:
-            raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1]")
+        check_label_smoothing(self.label_smoothing)
         check_loss(self.loss)
         if self.loss is not None and self.label_smoothing:
             raise ValueError(
@@ -178,7 +172,8 @@ class PenalizedLoss:
                 requires a gradient the total is differentiable with respect to it, and ``total.backward()`` fills
                 ``x.grad`` like any loss of x.
             y: class indices (N,), rows of −100 left out of the cross-entropy and its mean as in PyTorch; or
-                probabilities (N, C). With a loss of one's own, what that takes.
+                probabilities (N, C). With a loss of one's own, what that takes; with a share besides, a tensor with a
+                row for each sample, or a tuple or a dict of such and of what is common to all samples.
             step: the number of the training step, from 0; needed by a schedule and by ``every`` above 1.
             mask: bool or floating point, of x's shape or one that expands to it; for several inputs a tuple or a dict
                 of masks like x, in which None, or no entry, leaves an input as it is.
@@ -196,16 +191,13 @@ class PenalizedLoss:
         """
         weight = weight_at(self.weight, step)
         applied = self._applied_at(step)
-        keys = keys_of(x, self.with_respect_to)
-        if self.loss is None and not isinstance(y, Tensor):
-            raise TypeError(
-                f"y is a {type(y).__name__}; it must be a torch.Tensor of class indices (N,) or probabilities (N, C)"
-            )
-        batch = _Batch(model, x, y, keys, masks_of(mask, x, keys), sample_weight)
-        if sample_weight is not None:
-            check_sample_weight(sample_weight, at(x, keys)[0])
+        inputs = Inputs.checked(x, self.with_respect_to, mask)
+        if self.loss is None:
+            check_targets(y)
+        check_sample_weight(sample_weight, inputs.differentiated[0])
+        batch = _Batch(model, inputs, y, sample_weight)
         with implementation(self.fast and (not applied or getattr(self.penalty, "fast", True))):
-            losses, penalty, logits = self._terms(batch) if applied else self._without_penalty(batch)
+            losses, penalty, logits = self._terms(batch) if applied else self._shared(batch, penalised=False)
             if self.loss is None:
                 cross_entropy = mean_of_counted(losses, y, sample_weight)
             else:
@@ -232,23 +224,21 @@ class PenalizedLoss:
     def _terms(self, batch: _Batch) -> _Terms:
         """With the penalty, of all samples or of those drawn."""
         check_autograd()
-        samples = batch.samples
+        samples = batch.inputs.samples
         drawn = max(1, round(float(self.share) * samples))
         if drawn >= samples:
             losses, penalties, logits = self._shared(batch)
             return losses, weighted_mean(penalties, batch.sample_weight), logits
-        if not isinstance(batch.y, Tensor) or batch.y.shape[:1] != (samples,):
-            given = f"shape {tuple(batch.y.shape)}" if isinstance(batch.y, Tensor) else f"type {type(batch.y).__name__}"
-            raise ValueError(f"y has {given}; it must have a row for each of the {samples} samples of x")
-        order = torch.randperm(samples, device=at(batch.x, batch.keys)[0].device, generator=self.generator)
+        check_rows(batch.y, samples)
+        order = torch.randperm(samples, device=batch.inputs.device, generator=self.generator)
         part = batch.at(order[:drawn])
         if samples_interact(batch.model):
-            losses, _, logits = self._without_penalty(batch)
+            losses, _, logits = self._shared(batch, penalised=False)
             with frozen_statistics(batch.model):
                 penalties = penalties_of(self.penalty, self._forward(part))
         else:
             first_losses, penalties, first_logits = self._shared(part)
-            rest_losses, _, rest_logits = self._without_penalty(batch.at(order[drawn:]))
+            rest_losses, _, rest_logits = self._shared(batch.at(order[drawn:]), penalised=False)
             losses, logits = (
                 torch.empty_like(both).index_copy(0, order, both)
                 for both in (torch.cat([first_losses, rest_losses]), torch.cat([first_logits, rest_logits]))
@@ -256,31 +246,24 @@ class PenalizedLoss:
         if batch.sample_weight is None or part.sample_weight is None:
             return losses, penalties.mean(), logits
         # Over the weights of all samples: the sum over those drawn is unbiased, a quotient of two such sums is not.
-        penalty = (penalties * part.sample_weight).sum() * (samples / drawn) / batch.sample_weight.sum()
+        weight, total = precise(part.sample_weight), precise(batch.sample_weight).sum()
+        penalty = (penalties * weight).sum() * (samples / drawn) / total
         return losses, penalty.to(penalties.dtype), logits
 
-    def _shared(self, batch: _Batch) -> _Terms:
-        """The losses and the penalties of each sample, from one forward as far as the penalty allows it."""
+    def _shared(self, batch: _Batch, *, penalised: bool = True) -> _Terms:
+        """The losses of each sample, and the penalties or 0, from one forward as far as the penalty allows it."""
         shared = self._forward(batch, trains=True)
-        penalties = penalties_of(self.penalty, shared)
+        penalties = penalties_of(self.penalty, shared) if penalised else None
         if not shared.has_run:
             shared.run(derivatives=0)
-        return shared.training_loss, penalties, shared.logits
-
-    def _without_penalty(self, batch: _Batch) -> _Terms:
-        shared = self._forward(batch, trains=True)
-        shared.run(derivatives=0)
         losses = shared.training_loss
-        return losses, losses.new_zeros(()), shared.logits
+        return losses, losses.new_zeros(()) if penalties is None else penalties, shared.logits
 
     def _forward(self, batch: _Batch, *, trains: bool = False) -> SharedForward:
-        model, x, y, keys, masks, _ = batch
         return SharedForward(
-            model,
-            x,
-            y,
-            keys=keys,
-            masks=masks,
+            batch.model,
+            batch.inputs,
+            batch.y,
             loss=self.loss,
             label_smoothing=self.label_smoothing,
             trains=trains,
@@ -290,8 +273,6 @@ class PenalizedLoss:
 def _check_penalty(penalty: Any) -> None:
     per_sample = getattr(penalty, "per_sample", penalty)
     if callable(per_sample) and not isinstance(penalty, type):
-        if isinstance(penalty, Penalty):
-            return
         try:
             inspect.signature(per_sample).bind(None)
         except ValueError:
@@ -305,37 +286,3 @@ def _check_penalty(penalty: Any) -> None:
         "alone, to the penalty of each sample (N,), such as DensityPenalty(): shared has model, x, targets, logits, "
         "loss, log_density and gradient(of)"
     )
-
-
-def check_sample_weight(sample_weight: Any, x: Tensor) -> None:
-    """Raise unless there is a floating-point weight of each sample of x, on its device."""
-    if not isinstance(sample_weight, Tensor) or not sample_weight.is_floating_point():
-        given = sample_weight.dtype if isinstance(sample_weight, Tensor) else f"a {type(sample_weight).__name__}"
-        raise TypeError(
-            f"sample_weight is {given}; it must be a floating-point torch.Tensor (N,), such as weight.float()"
-        )
-    if sample_weight.shape != x.shape[:1]:
-        raise ValueError(
-            f"sample_weight has shape {tuple(sample_weight.shape)}; it must be ({x.shape[0]},), a weight of each sample"
-        )
-    if sample_weight.device != x.device:
-        raise ValueError(
-            f"sample_weight is on {sample_weight.device} and x on {x.device}; move one to the other's device"
-        )
-
-
-def weighted_mean(values: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """Σ w v / Σ w, or the mean."""
-    if sample_weight is None:
-        return values.mean()
-    return ((values * sample_weight).sum() / sample_weight.sum()).to(values.dtype)
-
-
-def mean_of_counted(cross_entropy: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-    """The mean over the samples that count, as ``torch.nn.functional.cross_entropy`` takes it."""
-    if y.is_floating_point():
-        return weighted_mean(cross_entropy, sample_weight)
-    counted = y != IGNORED
-    if sample_weight is None:
-        return cross_entropy.sum() / counted.sum()
-    return weighted_mean(cross_entropy, sample_weight * counted)

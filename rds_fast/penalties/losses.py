@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.inputs import can_be_read
+from ..ops.cross_entropy import check_class_indices, cross_entropy_with_logsumexp
+from ..ops.inputs import can_be_read, check_number
 from ..ops.logsumexp import logsumexp
-from ..reference import accumulation_dtype
-from .checks import refuse_normalised
+from ..reference import precise
+from .checks import IGNORED, check_labels, check_targets, refuse_normalised, refuse_one_logit
 
 # (logits (N, C), y) to the loss of each sample, (N,).
 Loss = Callable[[Tensor, Any], Tensor]
@@ -36,8 +37,7 @@ _BINARY_FUNCTIONS = (F.binary_cross_entropy_with_logits, F.multilabel_soft_margi
 
 def binary_log_density(logits: Tensor) -> Tensor:
     """``Σ log(1 + exp fᵢ)`` of each row of logits (N, C), (N,): log p(x) of C independent labels, up to a constant."""
-    f = logits.to(accumulation_dtype(logits.dtype))
-    return -F.logsigmoid(-f).sum(1)  # F.softplus is linear from 20 on
+    return -F.logsigmoid(-precise(logits)).sum(1)  # F.softplus is linear from 20 on
 
 
 @dataclass(frozen=True)
@@ -61,18 +61,19 @@ class BinaryCrossEntropy:
         if not isinstance(y, Tensor) or y.is_complex():
             given = y.dtype if isinstance(y, Tensor) else f"a {type(y).__name__}"
             raise TypeError(f"y is {given}; a binary cross-entropy needs a torch.Tensor of labels 0 and 1")
-        if logits.shape[1] == 1 and y.dim() == 1:
+        if logits.shape[1:] == (1,) and y.dim() == 1:
             y = y.unsqueeze(1)
-        if y.shape != logits.shape:
+        if y.shape != logits.shape or y.dim() != 2:
             raise ValueError(
                 f"y has shape {tuple(y.shape)} and the logits {tuple(logits.shape)}; a binary cross-entropy needs a "
                 "label for each logit, (N, C), or (N,) for one logit a sample"
             )
-        f = logits.to(accumulation_dtype(logits.dtype))
+        f = precise(logits)
         targets = y.to(f.dtype)
         if can_be_read(y) and bool(((y < 0) | (y > 1)).any()):
             raise ValueError("y holds a label outside [0, 1]; a binary cross-entropy needs 0, 1 or a probability")
-        return binary_log_density(f) - (targets * f).sum(1)
+        # by both logarithms, since in log(1 + exp f) − y f nothing is left of a small loss
+        return -(targets * F.logsigmoid(f) + (1 - targets) * F.logsigmoid(-f)).sum(1)
 
     def log_density(self, logits: Tensor) -> Tensor:
         """log p(x) up to a constant, (N,)."""
@@ -93,8 +94,19 @@ def check_loss(loss: Any) -> None:
         )
 
 
-def losses_of(loss: Loss, logits: Tensor, targets: Any) -> Tensor:
-    """The loss of each sample, (N,), checked; (N, 1) is taken for it."""
+def cross_entropies_of(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The cross-entropy of each sample, (N,)."""
+    check_targets(y)
+    refuse_one_logit(logits)
+    return cross_entropy_with_logsumexp(logits, y, label_smoothing=label_smoothing)[0]
+
+
+def losses_of(loss: Loss | None, logits: Tensor, targets: Any) -> Tensor:
+    """The loss of each sample, (N,), checked; (N, 1) is taken for it. None is the cross-entropy."""
+    if loss is None:
+        return cross_entropies_of(logits, targets)
+    if _is_cross_entropy(loss):
+        refuse_one_logit(logits)
     losses = loss(logits, targets)
     if isinstance(losses, Tensor) and losses.shape == (logits.shape[0], 1):
         losses = losses.squeeze(1)
@@ -108,22 +120,33 @@ def losses_of(loss: Loss, logits: Tensor, targets: Any) -> Tensor:
     return losses
 
 
+def _kind(loss: Loss) -> Any:
+    """The loss without the arguments that are bound to it."""
+    return loss.func if isinstance(loss, functools.partial) else loss
+
+
+def _is_cross_entropy(loss: Loss) -> bool:
+    return isinstance(_kind(loss), nn.CrossEntropyLoss) or _kind(loss) is F.cross_entropy
+
+
 def density_under(loss: Loss, logits: Tensor, targets: Any) -> Tensor:
     """log p(x) up to a constant, (N,), of logits that are trained with a loss."""
     stated = getattr(loss, "log_density", None)
     if callable(stated):
-        log_density: Tensor = stated(logits)
-        if log_density.shape != logits.shape[:1]:
+        log_density = stated(logits)
+        if not isinstance(log_density, Tensor) or log_density.shape != logits.shape[:1]:
+            tensor = isinstance(log_density, Tensor)
+            given = f"shape {tuple(log_density.shape)}" if tensor else type(log_density).__name__
             raise ValueError(
-                f"the loss's log_density returned shape {tuple(log_density.shape)} for logits of shape "
+                f"the loss's log_density returned {given} for logits of shape "
                 f"{tuple(logits.shape)}; it must return the log density of each sample, (N,)"
             )
         return log_density
-    kind = loss.func if isinstance(loss, functools.partial) else loss
+    kind = _kind(loss)
     if logits.shape[1] == 1 or isinstance(kind, _BINARY) or any(kind is function for function in _BINARY_FUNCTIONS):
         return binary_log_density(logits)
     indices = isinstance(targets, Tensor) and targets.dtype == torch.int64 and targets.shape == logits.shape[:1]
-    if not (indices or isinstance(kind, nn.CrossEntropyLoss) or kind is F.cross_entropy):
+    if not (indices or _is_cross_entropy(loss)):
         raise ValueError(
             f"the log density of x under the loss {loss!r} is not known: its labels are no class indices (N,), so the "
             "logits may be of one class of C, or of C independent labels. Say which by an attribute of the loss: "
@@ -132,3 +155,57 @@ def density_under(loss: Loss, logits: Tensor, targets: Any) -> Tensor:
         )
     refuse_normalised(logits)
     return logsumexp(logits)
+
+
+def target_logit(logits: Tensor, y: Tensor) -> Tensor:
+    """f_y (N,); 0, with the gradient 0, for an ignored row, as its cross-entropy is."""
+    check_labels(y, logits)
+    if not logits.is_cuda:
+        check_class_indices(y, logits.shape[1], IGNORED)
+    ignored = y == IGNORED
+    return logits.gather(1, y.masked_fill(ignored, 0).unsqueeze(1)).squeeze(1).masked_fill(ignored, 0.0)
+
+
+def check_label_smoothing(value: float) -> None:
+    """Raise TypeError or ValueError unless the value is a number in [0, 1]."""
+    if not 0 <= check_number("label_smoothing", value) <= 1:
+        raise ValueError(f"label_smoothing is {value}; it must be in [0, 1]")
+
+
+def check_sample_weight(sample_weight: Any, x: Tensor) -> None:
+    """Raise unless it is None or a floating-point weight of each sample of x, on its device."""
+    if sample_weight is None:
+        return
+    if not isinstance(sample_weight, Tensor) or not sample_weight.is_floating_point():
+        given = sample_weight.dtype if isinstance(sample_weight, Tensor) else f"a {type(sample_weight).__name__}"
+        raise TypeError(
+            f"sample_weight is {given}; it must be a floating-point torch.Tensor (N,), such as weight.float()"
+        )
+    if sample_weight.shape != x.shape[:1]:
+        raise ValueError(
+            f"sample_weight has shape {tuple(sample_weight.shape)}; it must be ({x.shape[0]},), a weight of each sample"
+        )
+    if sample_weight.device != x.device:
+        raise ValueError(
+            f"sample_weight is on {sample_weight.device} and x on {x.device}; move one to the other's device"
+        )
+    if can_be_read(sample_weight) and not bool((sample_weight >= 0).all()):
+        raise ValueError("sample_weight holds a negative number or NaN; the weight of a sample must be 0 or more")
+
+
+def weighted_mean(values: Tensor, sample_weight: Tensor | None) -> Tensor:
+    """Σ w v / Σ w, or the mean."""
+    if sample_weight is None:
+        return values.mean()
+    weight = precise(sample_weight)
+    return ((values * weight).sum() / weight.sum()).to(values.dtype)
+
+
+def mean_of_counted(cross_entropy: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+    """The mean over the samples that count, as ``torch.nn.functional.cross_entropy`` takes it."""
+    if y.is_floating_point():
+        return weighted_mean(cross_entropy, sample_weight)
+    counted = y != IGNORED
+    if sample_weight is None:
+        return (precise(cross_entropy).sum() / counted.sum()).to(cross_entropy.dtype)
+    return weighted_mean(cross_entropy, sample_weight * counted)

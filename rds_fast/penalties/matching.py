@@ -8,17 +8,15 @@ Source: gradient-based attention transfer, Zagoruyko and Komodakis, *Paying more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..compilation import modules_of
 from ..ops.gradient_norm import check_norm
 from .checks import check_choice, check_model
-from .inner_pass import cotangent_of, differentiable_input, forward, input_gradients, is_training
-from .shared import GRADIENTS_OF, Penalty, SharedForward
+from .model_state import in_eval_mode
+from .shared import GRADIENTS_OF, Penalty, SharedForward, differentiable_input, input_gradients, logits_of
 
 
 @dataclass(frozen=True)
@@ -71,26 +69,11 @@ class GradientMatchingPenalty(Penalty):
         target = self._teacher_gradients(shared)  # first: what it keeps is gone before the student's forward
         return shared.gradient_norm(self.of, self.p, self.power, target=target)
 
-    def _teacher_gradients(self, shared: SharedForward) -> list[Tensor]:
+    def _teacher_gradients(self, shared: SharedForward) -> tuple[Tensor, ...]:
         """∇ₓ ℓ of the teacher's logits, without a graph; in at least float32 where it may run in float16."""
-        with _in_eval_mode(self.teacher):
-            inputs = [differentiable_input(x.detach()) for x in shared.differentiated()]
-            output = shared.output(
-                self.of, forward(self.teacher, shared.with_inputs(inputs), twice_differentiable=False)
+        with in_eval_mode(self.teacher):
+            inputs = [differentiable_input(x.detach()) for x in shared.given.differentiated]
+            logits = logits_of(
+                self.teacher, shared.given.with_differentiated(inputs), shared.given.samples, derivatives=1
             )
-            cotangent = cotangent_of(output, inputs)
-            gradients = input_gradients(output, inputs, cotangent=cotangent, names=shared.names)
-            return [gradient if cotangent == 1.0 else gradient.float() / cotangent for gradient in gradients]
-
-
-@contextmanager
-def _in_eval_mode(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """A module's modules in eval mode inside, and each as it was afterwards."""
-    training = [module for module in modules_of(model) if is_training(module)]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
+            return input_gradients(shared.output(self.of, logits), inputs, names=shared.given.names).undone()

@@ -14,40 +14,101 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..backends import implementation
 from ..compilation import uncompiled
 from ..double_backward import fast_double_backward
-from ..ops.cross_entropy import check_class_indices, cross_entropy_with_logsumexp
+from ..ops.cross_entropy import cross_entropy_with_logsumexp
 from ..ops.gradient_norm import gradient_norm
-from ..ops.logsumexp import logsumexp
+from ..ops.logsumexp import autocast_enabled, logsumexp, without_autocast
 from .checks import (
-    IGNORED,
     check_autograd,
     check_choice,
     check_given_logits,
-    check_labels,
+    check_input,
+    check_logits,
+    check_model,
     no_path,
     refuse_compiled,
     refuse_compiled_logits,
     refuse_normalised,
     refuse_one_logit,
 )
-from .inner_pass import (
-    cotangent_of,
-    differentiable_input,
-    frozen_statistics,
-    implementation,
-    input_gradients,
-    logits_of,
-)
-from .inputs import Key, Masks, at, keys_of, masks_of, names_of, replaced
-from .losses import Loss, density_under, losses_of
+from .inputs import Inputs
+from .losses import Loss, density_under, losses_of, target_logit
+from .model_state import frozen_statistics
 
 GRADIENTS_OF = ("cross_entropy", "target_logit", "log_density")
+
+# The cotangent of the inner pass where it may run in float16. It lifts what lies below 6e-8, float16's least number,
+# and leaves room below 65504 for gradients of up to 255. A power of two, so that undoing it in float32 is exact. It is
+# no larger because an overflow here would last: the gradient scaler cannot lower it.
+FLOAT16_COTANGENT = 2.0**8
+
+
+def differentiable_input(x: Tensor, name: str = "x") -> Tensor:
+    """An alias of x to differentiate with respect to.
+
+    The inner pass leaves no trace on x: neither ``x.grad``, nor its hooks, nor ``requires_grad`` see it. If x itself
+    requires a gradient the alias is a view, so that the penalty stays differentiable with respect to x.
+    """
+    check_input(x, name)
+    check_autograd()
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+
+
+def logits_of(model: Callable[..., Tensor], x: Any, samples: int | None = None, *, derivatives: int = 0) -> Tensor:
+    """The model's logits, checked, that can be differentiated so many times with respect to the inputs.
+
+    A tuple of inputs goes to ``model(*x)``, a dict to ``model(**x)``; then ``samples`` says of how many samples.
+    """
+    check_model(model)
+    with fast_double_backward() if derivatives == 2 else nullcontext():
+        logits = model(*x) if isinstance(x, tuple) else model(**x) if isinstance(x, dict) else model(x)
+    check_logits(logits, x, samples)
+    if derivatives and not logits.requires_grad:
+        raise no_path()
+    return logits
+
+
+class InputGradients(NamedTuple):
+    """The gradients with respect to each input, times the cotangent that they were begun with."""
+
+    scaled: tuple[Tensor, ...]
+    cotangent: float
+
+    def undone(self) -> tuple[Tensor, ...]:
+        """Without the cotangent, in float32 if there was one."""
+        return self.scaled if self.cotangent == 1.0 else tuple(g.float() / self.cotangent for g in self.scaled)
+
+
+def input_gradients(
+    output: Tensor, inputs: Sequence[Tensor], *, create_graph: bool = False, names: Sequence[str] = ("x",)
+) -> InputGradients:
+    """The inner pass: ∇ Σ output with respect to each of the inputs, outside autocast, which is for forwards.
+
+    Without ``create_graph`` the graph of the output is kept for the training step's own backward, and none is added.
+    """
+    if not output.requires_grad:
+        raise no_path()
+    device = inputs[0].device
+    in_float16 = torch.float16 in (output.dtype, *(x.dtype for x in inputs)) or (
+        autocast_enabled(device) and torch.get_autocast_dtype(device.type) == torch.float16
+    )
+    cotangent = FLOAT16_COTANGENT if in_float16 else 1.0
+    cotangents = torch.full((), cotangent, dtype=output.dtype, device=output.device).expand_as(output)
+    with without_autocast(device):
+        gradients = torch.autograd.grad(
+            output, inputs, cotangents, create_graph=create_graph, retain_graph=True, allow_unused=True
+        )
+    for gradient, name in zip(gradients, names, strict=True):
+        if gradient is None:
+            raise no_path(name)
+    return InputGradients(gradients, cotangent)
 
 
 class SharedForward:
@@ -60,6 +121,7 @@ class SharedForward:
         model: as it was given. A penalty that runs it again does so by ``logits_at``, which leaves its buffers alone.
         x: the inputs as they were given: a tensor, or a tuple or a dict of inputs.
         targets: the labels y; None where there are none.
+        given: x, and which of it is differentiated: ``given.differentiated``, a tuple of tensors.
         inputs: x as the logits are computed from it, what is differentiated being an alias; as ``x`` otherwise.
     """
 
@@ -69,19 +131,18 @@ class SharedForward:
         x: Any,
         y: Any = None,
         *,
-        keys: tuple[Key, ...] = (None,),
-        masks: Masks = None,
         loss: Loss | None = None,
         label_smoothing: float = 0.0,
         trains: bool = False,
     ) -> None:
-        """``keys`` and ``masks`` are checked. ``trains``: the training loss is wanted too, with the label smoothing."""
-        self.model, self.x, self.targets = model, x, y
-        self._keys, self._masks, self._loss, self._label_smoothing = keys, masks, loss, label_smoothing
-        self._trains = trains
+        """``x``: also ``Inputs``. ``trains``: the training loss is wanted too, with the label smoothing."""
+        self.given = x if isinstance(x, Inputs) else Inputs.checked(x)
+        self.model, self.x, self.targets = model, self.given.x, y
+        self._loss, self._label_smoothing, self._trains = loss, label_smoothing, trains
         self.mask_is_used = False
+        self._logits: Tensor | None = None
         self._aliases: tuple[Tensor, ...] = ()
-        self._inner_passes: dict[str, tuple[tuple[Tensor, ...], float]] = {}
+        self._inner_passes: dict[str, InputGradients] = {}
 
     @staticmethod
     def of_logits(logits: Tensor, x: Tensor, y: Any = None) -> SharedForward:
@@ -95,7 +156,7 @@ class SharedForward:
 
         shared = SharedForward(nothing, x, y)
         shared._aliases = (x,)
-        shared.__dict__["logits"] = logits
+        shared._logits = logits
         return shared
 
     def run(self, derivatives: int = 2) -> None:
@@ -109,62 +170,37 @@ class SharedForward:
         if derivatives:
             if derivatives == 2:
                 refuse_compiled(self.model)
-            check_autograd()
-            self._aliases = tuple(map(differentiable_input, self.differentiated(), self.names))
-            x = self.with_inputs(self._aliases)
-        with fast_double_backward() if derivatives == 2 else nullcontext():
-            logits = logits_of(self.model, x)
-        if self._keys != (None,):
-            self._check_samples(logits)
-        if derivatives and not logits.requires_grad:
-            raise no_path()
+            self._aliases = tuple(map(differentiable_input, self.given.differentiated, self.given.names))
+            x = self.given.with_differentiated(self._aliases)
+        logits = logits_of(self.model, x, self.given.samples, derivatives=derivatives)
         if derivatives == 2:
             refuse_compiled_logits(logits)
         if self._trains and self._loss is None:
             refuse_one_logit(logits)
-        self.__dict__["logits"] = logits
-
-    def _check_samples(self, logits: Tensor) -> None:
-        samples = self.differentiated()[0].shape[0]
-        if logits.shape[0] != samples:
-            raise ValueError(
-                f"the logits have shape {tuple(logits.shape)} for inputs of {samples} samples; they must be (N, C)"
-            )
-
-    def differentiated(self) -> tuple[Tensor, ...]:
-        """The inputs that are differentiated, as they were given."""
-        return at(self.x, self._keys)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What messages call them."""
-        return names_of(self._keys)
-
-    def with_inputs(self, inputs: Sequence[Tensor]) -> Any:
-        """x with these in their place, as a model takes it."""
-        return replaced(self.x, self._keys, inputs)
+        self._logits = logits
 
     @property
     def has_run(self) -> bool:
         """Whether the logits are there."""
-        return "logits" in self.__dict__
+        return self._logits is not None
 
-    @cached_property
+    @property
     def logits(self) -> Tensor:
         """(N, C)."""
-        self.run()
-        logits: Tensor = self.__dict__["logits"]
-        return logits
+        if self._logits is None:
+            self.run()
+        assert self._logits is not None
+        return self._logits
 
     @property
     def inputs(self) -> Any:
         self.logits  # noqa: B018  # it makes them
-        return self.with_inputs(self._aliases) if self._aliases else self.x
+        return self.given.with_differentiated(self._aliases) if self._aliases else self.x
 
     def logits_at(self, *inputs: Tensor) -> Tensor:
         """The logits with these for the inputs that are differentiated: another forward, which leaves buffers alone."""
         with frozen_statistics(self.model):
-            return logits_of(self.model, self.with_inputs(inputs))
+            return logits_of(self.model, self.given.with_differentiated(inputs), self.given.samples)
 
     @cached_property
     def loss(self) -> Tensor:
@@ -185,11 +221,7 @@ class SharedForward:
 
     def loss_of(self, logits: Tensor, targets: Any = None) -> Tensor:
         """ℓ of other logits; default: of the same targets."""
-        targets = self.targets if targets is None else targets
-        if self._loss is not None:
-            return losses_of(self._loss, logits, targets)
-        refuse_one_logit(logits)
-        return cross_entropy_with_logsumexp(logits, targets)[0]
+        return losses_of(self._loss, logits, self.targets if targets is None else targets)
 
     @cached_property
     def log_density(self) -> Tensor:
@@ -222,13 +254,13 @@ class SharedForward:
         ``of``: ``"cross_entropy"`` (of ``loss``), ``"target_logit"``, ``"log_density"``, or a tensor (N,) computed from
         the logits. With a tuple or a dict as x, a dict of gradients, by the positions or names of the inputs.
         """
-        gradients, cotangent = self._inner_pass(of)
-        gradients = self.masked([g if cotangent == 1.0 else g.float() / cotangent for g in gradients])
-        return gradients[0] if self._keys == (None,) else dict(zip(self._keys, gradients, strict=True))
+        gradients = self.masked(self._inner_pass(of).undone())
+        keys = self.given.keys
+        return gradients[0] if keys == (None,) else dict(zip(keys, gradients, strict=True))
 
     def gradients_without_graph(self, output: Tensor) -> tuple[Tensor, ...]:
         """The gradients of Σ output with respect to all inputs, as constants, and not masked."""
-        return input_gradients(output, self._aliases, names=self.names)
+        return input_gradients(output, self._aliases, names=self.given.names).undone()
 
     def gradient_norm(
         self, of: str | Tensor, p: float = 2.0, power: float = 1, *, target: Sequence[Tensor] | None = None
@@ -254,25 +286,23 @@ class SharedForward:
     def masked(self, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The gradients of all inputs, 0 where the mask leaves them out, or times its factors."""
         self.mask_is_used = True
-        if self._masks is None:
-            return tuple(gradients)
-        return tuple(
-            g if mask is None else torch.where(mask, g, 0.0) if mask.dtype == torch.bool else g * mask.to(g.dtype)
-            for g, mask in zip(gradients, self._masks, strict=True)
-        )
+        return self.given.masked(gradients)
 
-    def _inner_pass(self, of: str | Tensor) -> tuple[tuple[Tensor, ...], float]:
-        """The gradients with their graph, times the cotangent that they were begun with."""
-        found = self._inner_passes.get(of) if isinstance(of, str) else None
-        if found is None:
-            output = self.output(of) if isinstance(of, str) else of
-            cotangent = cotangent_of(output, self._aliases)
-            found = (
-                input_gradients(output, self._aliases, cotangent=cotangent, create_graph=True, names=self.names),
-                cotangent,
+    def _inner_pass(self, of: str | Tensor) -> InputGradients:
+        """The gradients with their graph."""
+        if isinstance(of, str) and of in self._inner_passes:
+            return self._inner_passes[of]
+        logits = self.logits  # before what is differentiated: it makes the aliases of the inputs
+        output = self.output(of) if isinstance(of, str) else of
+        if not isinstance(output, Tensor) or output.shape != logits.shape[:1]:
+            given = f"has shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"is {output!r}"
+            raise ValueError(
+                f"what is to be differentiated {given}; it must be one of {', '.join(map(repr, GRADIENTS_OF))}, or "
+                f"a tensor computed from shared.logits with a value of each sample, ({self.given.samples},)"
             )
-            if isinstance(of, str):
-                self._inner_passes[of] = found
+        found = input_gradients(output, self._aliases, create_graph=True, names=self.given.names)
+        if isinstance(of, str):
+            self._inner_passes[of] = found
         return found
 
 
@@ -305,8 +335,7 @@ class Penalty:
 
         ``mask`` and ``with_respect_to``, and x as a tuple or a dict of inputs, are as for ``rds_fast.PenalizedLoss``.
         """
-        keys = keys_of(x, with_respect_to)
-        shared = SharedForward(model, x, y, keys=keys, masks=masks_of(mask, x, keys))
+        shared = SharedForward(model, Inputs.checked(x, with_respect_to, mask), y)
         with implementation(self.fast):
             return penalties_of(self, shared).mean()
 
@@ -314,23 +343,15 @@ class Penalty:
 def penalties_of(penalty: Any, shared: SharedForward) -> Tensor:
     """The penalty of each sample, (N,), checked."""
     penalties = getattr(penalty, "per_sample", penalty)(shared)
-    samples = shared.differentiated()[0].shape[0]
-    if not isinstance(penalties, Tensor) or penalties.shape != (samples,):
+    if not isinstance(penalties, Tensor) or penalties.shape != (shared.given.samples,):
         is_tensor = isinstance(penalties, Tensor)
         given = f"a tensor of shape {tuple(penalties.shape)}" if is_tensor else type(penalties).__name__
-        raise TypeError(f"the penalty returned {given}; it must return the penalty of each sample, ({samples},)")
-    if shared._masks is not None and not shared.mask_is_used:
+        raise TypeError(
+            f"the penalty returned {given}; it must return the penalty of each sample, ({shared.given.samples},)"
+        )
+    if shared.given.masks is not None and not shared.mask_is_used:
         raise ValueError(
             f"a mask is given, and {type(penalty).__name__} penalises no input gradient that it could confine; leave "
             "the mask out, or take the gradient from shared.gradient in a penalty of your own"
         )
     return penalties
-
-
-def target_logit(logits: Tensor, y: Tensor) -> Tensor:
-    """f_y (N,); 0, with the gradient 0, for an ignored row, as its cross-entropy is."""
-    check_labels(y, logits)
-    if not logits.is_cuda:
-        check_class_indices(y, logits.shape[1], IGNORED)
-    ignored = y == IGNORED
-    return logits.gather(1, y.masked_fill(ignored, 0).unsqueeze(1)).squeeze(1).masked_fill(ignored, 0.0)

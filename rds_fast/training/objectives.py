@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..backends import implementation
 from ..penalties.adaptive import AccuracyBudget, PenaltyRatio
 from ..penalties.adversarial import AdversarialLoss
 from ..penalties.attribution import AttributionPenalty, RobustAttributionLoss
 from ..penalties.density import DensityPenalty
 from ..penalties.group_dro import GroupDRO
-from ..penalties.inner_pass import implementation
 from ..penalties.input_gradient import InputGradientPenalty
-from ..penalties.integrated_gradients import cross_entropies_of
 from ..penalties.jacobian import JacobianPenalty
-from ..penalties.loss import LossTerms, PenalizedLoss, weighted_mean
+from ..penalties.loss import LossTerms, PenalizedLoss
+from ..penalties.losses import cross_entropies_of, weighted_mean
 from ..penalties.matching import GradientMatchingPenalty
 from ..penalties.schedules import Constant, Cosine, LinearWarmup, Schedule, Step
 from ..penalties.shared import Penalty

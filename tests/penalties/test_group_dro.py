@@ -126,6 +126,7 @@ def test_the_worst_group_is_trained() -> None:
         ([3, -1], {}, ValueError, r"group_sizes are \[3\.0, -1\.0\]"),
         (["3"], {}, TypeError, "a group's size is '3', a str; it must be a Python number"),
         ([3, 0], {"adjustment": 1.0}, ValueError, "a group without samples has none"),
+        (torch.tensor([3, 1]), {}, TypeError, r"group_sizes are a Tensor; .* pass its \.tolist\(\)"),
         ([3], {"step_size": 0}, ValueError, "step_size is 0; it must be positive and finite"),
         ([3], {"adjustment": -1}, ValueError, "adjustment is -1; it must be finite and not negative"),
         ([3], {"loss": nn.CrossEntropyLoss()}, ValueError, "with reduction='mean'"),
@@ -143,5 +144,18 @@ def test_wrong_groups() -> None:
             dro(groups)
     with pytest.raises(ValueError, match="5 groups for 6 samples"):
         dro.update(terms_of(torch.randn(6, 5)), y, GROUPS[:5])
-    with pytest.raises(IndexError):
-        dro(GROUPS + 1)
+    for groups in (GROUPS + 1, GROUPS - 1):  # a negative index would be the last group's
+        with pytest.raises(IndexError, match="groups hold a number outside 0 to 2; group_sizes are of 3 groups"):
+            dro(groups)
+        with pytest.raises(IndexError, match="groups hold a number outside 0 to 2"):
+            dro.update(terms_of(torch.randn(6, 5)), y, groups)
+
+
+def test_ignored_labels_do_not_count_in_a_groups_loss() -> None:
+    logits, (_, y) = torch.randn(6, 5), batch()
+    y[GROUPS == 2] = -100
+    y[0] = -100
+    dro = GroupDRO([1, 1, 1], step_size=1.0)
+    dro.update(terms_of(logits), y, GROUPS)
+    losses = F.cross_entropy(logits, y, reduction="none")
+    torch.testing.assert_close(dro.weights, torch.stack([losses[2], losses[5], torch.zeros(())]).softmax(0))

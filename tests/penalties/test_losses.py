@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import penalty_references as references
 import pytest
@@ -169,6 +170,16 @@ class TestBinary:
         ):
             with pytest.raises(error, match=message):
                 PenalizedLoss(DensityPenalty(), loss=BinaryCrossEntropy())(model, x, labels)
+        with pytest.raises(ValueError, match=r"y has shape \(6,\) and the logits \(6,\); a binary cross-entropy needs"):
+            BinaryCrossEntropy()(torch.zeros(6), torch.zeros(6))
+
+        def stated(logits: Tensor, y: Any) -> Tensor:
+            return logits.sum(1)
+
+        for density, given in ((lambda logits: logits.sum(), r"shape \(\)"), (lambda logits: None, "NoneType")):
+            stated.log_density = density  # type: ignore[attr-defined]
+            with pytest.raises(ValueError, match=f"the loss's log_density returned {given} for logits"):
+                PenalizedLoss(DensityPenalty(), loss=stated)(model, x, y)
 
 
 ONE_LOGIT = {
@@ -195,6 +206,16 @@ def test_one_logit_is_refused_where_a_softmax_is_taken(call: Any) -> None:
     for y in (torch.zeros(6, dtype=torch.int64), torch.ones(6, 1, dtype=torch.float64)):
         with pytest.raises(ValueError, match=message):
             call(one_logit(), x, y)
+
+
+@pytest.mark.parametrize(
+    "loss", [nn.CrossEntropyLoss(reduction="none"), functools.partial(F.cross_entropy, reduction="none")]
+)
+def test_pytorchs_cross_entropy_of_one_logit_is_refused_too(loss: Any) -> None:
+    x, y = batch()
+    for labels in (torch.zeros_like(y), torch.rand(6, 1, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="one logit a sample, and a softmax over one class is 1"):
+            PenalizedLoss(DensityPenalty(), loss=loss)(one_logit(), x, labels)
 
 
 def test_where_no_softmax_is_taken_one_logit_is_welcome() -> None:
@@ -322,6 +343,8 @@ def test_the_losses_under_attack_are_weighted() -> None:
         (torch.ones(6, 1), ValueError, r"sample_weight has shape \(6, 1\)"),
         (torch.ones(6, dtype=torch.int64), TypeError, r"sample_weight is torch\.int64; .* such as weight\.float\(\)"),
         ([1.0] * 6, TypeError, "sample_weight is a list; it must be a floating-point torch.Tensor"),
+        (-torch.ones(6), ValueError, "sample_weight holds a negative number or NaN"),
+        (torch.full((6,), math.nan), ValueError, "sample_weight holds a negative number or NaN"),
         (torch.ones(6, device="meta"), ValueError, "sample_weight is on meta and x on cpu; move one to the other's"),
     ],
 )
@@ -341,3 +364,45 @@ def test_an_accuracy_budget_of_one_logit() -> None:
     terms = PenalizedLoss(DensityPenalty(), budget, loss=BinaryCrossEntropy())(model, x, y % 2, step=0)
     with pytest.raises(ValueError, match="the accuracy of one logit a sample is not known here"):
         budget.update(terms, y % 2)
+
+
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_a_small_binary_loss_keeps_its_precision(label: float) -> None:
+    """log(1 + exp f) − f is 0 in float32 from 17 on, where the loss is not."""
+    logits = torch.tensor([[20.0 if label else -20.0]], requires_grad=True)
+    loss = BinaryCrossEntropy()(logits, torch.tensor([label]))
+    torch.testing.assert_close(loss, torch.tensor([20.0]).neg().exp().log1p())
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert abs(gradient.item()) == pytest.approx(math.exp(-20.0), rel=1e-5)
+
+
+def test_sums_of_16_bit_weights_and_losses_do_not_overflow() -> None:
+    model, (x, y) = mlp(), batch()
+    loss = PenalizedLoss(DensityPenalty())
+    truth, terms = loss(model, x, y), loss(model, x, y, sample_weight=torch.full((6,), 3e4, dtype=torch.float16))
+    torch.testing.assert_close(terms.total, truth.total)
+    logits = torch.tensor([[0.0, 100.0]], dtype=torch.float16).expand(1000, 2)
+    terms = PenalizedLoss(lambda shared: shared.loss)(lambda x: x, logits, torch.zeros(1000, dtype=torch.int64))
+    assert terms.cross_entropy == 100.0
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+def test_several_labels_a_sample_are_cut_with_a_share() -> None:
+    """As mixing samples has them: two labels and how much there is of each."""
+    model, (x, y) = mlp(), batch()
+    mixed = {"labels": Pair(y, y.flip(0)), "part": torch.rand(6, dtype=torch.float64)}
+
+    def loss(logits: Tensor, y: Any) -> Tensor:
+        first, second = (
+            F.cross_entropy(logits, labels, reduction="none") for labels in (y["labels"].first, y["labels"].second)
+        )
+        return y["part"] * first + (1 - y["part"]) * second
+
+    terms = PenalizedLoss(InputGradientPenalty(), loss=loss, share=0.5)(model, x, mixed)
+    torch.testing.assert_close(terms.cross_entropy, loss(model(x), mixed).mean())
+    with pytest.raises(ValueError, match="y has type list; it must have a row for each of the 6 samples of x"):
+        PenalizedLoss(InputGradientPenalty(), loss=loss, share=0.5)(model, x, [mixed])

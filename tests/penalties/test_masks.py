@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rds_fast.penalties.attribution import AttributionPenalty
 from rds_fast.penalties.density import DensityPenalty
 from rds_fast.penalties.input_gradient import InputGradientPenalty
+from rds_fast.penalties.inputs import Inputs
 from rds_fast.penalties.jacobian import JacobianPenalty
 from rds_fast.penalties.loss import PenalizedLoss
 from rds_fast.penalties.matching import GradientMatchingPenalty
@@ -125,7 +126,7 @@ def test_all_or_nothing() -> None:
 
 def test_the_cotangent_of_float16_is_undone_in_a_masked_gradient() -> None:
     model, (x, y) = mlp(torch.float16), batch(torch.float16)
-    shared = SharedForward(model, x, y, masks=(MASKS["bool"],))
+    shared = SharedForward(model, Inputs.checked(x, mask=MASKS["bool"]), y)
     whole = references.eager_density(mlp(), x.double())
     gradient = shared.gradient("log_density")
     assert gradient.dtype == torch.float32

@@ -10,7 +10,7 @@ import torch
 from penalty_references import batch, cnn, gradients, mlp
 from torch import Tensor, nn
 
-from rds_fast.penalties import inner_pass
+from rds_fast.penalties import shared
 from rds_fast.penalties.density import DensityPenalty, density_penalty
 from rds_fast.penalties.input_gradient import InputGradientPenalty
 from rds_fast.penalties.loss import PenalizedLoss
@@ -91,7 +91,7 @@ def test_float16_does_not_underflow_in_the_inner_pass(monkeypatch: pytest.Monkey
     with torch.autocast("cpu", dtype=torch.float16):
         ours = density_penalty(model, x)
         # And that it would: with a cotangent of 1 the gradient is lost, silently.
-        monkeypatch.setattr(inner_pass, "FLOAT16_COTANGENT", 1.0)
+        monkeypatch.setattr(shared, "FLOAT16_COTANGENT", 1.0)
         plain = density_penalty(model, x)
     assert abs(ours.item() / truth.item() - 1) < 0.02
     assert plain == 0

@@ -18,11 +18,11 @@ from torch.nn.functional import cross_entropy
 from bench.counting import Count, Traffic
 from rds_fast.nn import fuse
 from rds_fast.penalties.density import DensityPenalty
-from rds_fast.penalties.inner_pass import samples_interact
 from rds_fast.penalties.input_gradient import InputGradientPenalty
 from rds_fast.penalties.jacobian import JacobianPenalty
 from rds_fast.penalties.loss import PenalizedLoss
 from rds_fast.penalties.matching import GradientMatchingPenalty
+from rds_fast.penalties.model_state import samples_interact
 from rds_fast.penalties.shared import Penalty, SharedForward
 from rds_fast.training.normalization import NormalizedModel
 

@@ -77,7 +77,7 @@ class OwnPenalty:
 
 def of_another_forward(shared: SharedForward) -> Tensor:
     """A function is a penalty too."""
-    return shared.logits_at(*shared.differentiated()).square().mean(1)
+    return shared.logits_at(*shared.given.differentiated).square().mean(1)
 
 
 @pytest.mark.parametrize(
@@ -340,6 +340,11 @@ def test_bad_penalties() -> None:
             TypeError, match=r"the penalty returned .*; it must return the penalty of each sample, \(6,"
         ):
             PenalizedLoss(penalty)(NETWORKS["mlp"](), *batch())
+    for of in (lambda shared: shared.logits, lambda shared: shared.logits.sum(), lambda shared: None):
+        with pytest.raises(ValueError, match=r"what is to be differentiated .* a value of each sample, \(6,\)"):
+            PenalizedLoss(lambda shared, of=of: shared.gradient(of(shared)))(NETWORKS["mlp"](), *batch())
+    with pytest.raises(RuntimeError, match=r"no gradient path from x .* logits computed from another tensor than x"):
+        PenalizedLoss(lambda shared: shared.gradient(shared.model(shared.x).sum(1)))(NETWORKS["mlp"](), *batch())
     with pytest.raises(NotImplementedError, match=r"Penalty defines no per_sample\(shared\)"):
         Penalty()(NETWORKS["mlp"](), *batch())
 

@@ -241,10 +241,9 @@ def test_labels() -> None:
             call(model, x, y.int())
         with pytest.raises(ValueError, match=r"target has shape \(5,\); class indices .* must have shape \(6,\)"):
             call(model, x, y[:5])
-    with pytest.raises(TypeError, match=r"target is a list; .* needs a torch\.Tensor"):
-        cross_entropy(model, x, y.tolist())
-    with pytest.raises(TypeError, match=r"y is a NoneType; .* class indices \(N,\) or probabilities \(N, C\)"):
-        loss(model, x, None)
+        for labels, kind in ((None, "NoneType"), (y.tolist(), "list")):
+            with pytest.raises(TypeError, match=rf"y is a {kind}; .* class indices \(N,\) or probabilities \(N, C\)"):
+                call(model, x, labels)
 
 
 @pytest.mark.parametrize("bad", [CLASSES, -1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from typing import Any
 
 import pytest
@@ -187,6 +188,13 @@ def test_errors() -> None:
         loss(model, {**x, "table": x["table"].to(torch.complex128)}, y)
     with pytest.raises(ValueError, match=r"different numbers of samples, \{.*'image'.*: 5, .*'table'.*: 4\}"):
         loss(model, {**x, "table": x["table"][:4]}, y)
+    with pytest.raises(ValueError, match=r"x\['scale'\] has no dimension; .* name those in with_respect_to"):
+        loss(model, {**x, "scale": torch.tensor(1.0)}, y)
+    with pytest.raises(ValueError, match=r"different numbers of samples, .* name those in with_respect_to"):
+        loss(model, {**x, "scale": torch.ones(1)}, y)
+    for wrong in (1.5, [["image"]]):
+        with pytest.raises(TypeError, match=r"with_respect_to is .*; it must be names of inputs in a dict"):
+            PenalizedLoss(DensityPenalty(), with_respect_to=wrong)(model, x, y)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="are on several devices; move them to one"):
         loss(model, {**x, "table": x["table"].to("meta")}, y)
     unused = {**x, "scale": torch.ones(N, dtype=torch.float64)}
@@ -196,8 +204,10 @@ def test_errors() -> None:
         loss(lambda scale, **others: model(**others), unused, y)
     with pytest.raises(ValueError, match=r"logits have shape \(4, 4\) for inputs of 5 samples"):
         loss(lambda **named: model(**named)[:4], x, y)
-    with pytest.raises(TypeError, match=r"x is a list; it must be a torch\.Tensor"):
+    with pytest.raises(TypeError, match=r"x is a list; it must be a torch\.Tensor.*, or several in tuple\(x\)"):
         loss(model, list(x.values()), y)
+    with pytest.raises(TypeError, match=r"x is a UserDict; it must be a torch\.Tensor.*, or several in dict\(x\)"):
+        loss(model, UserDict(x), y)
     for other in (AttributionPenalty(0.1), AdversarialLoss(0.1)):
         with pytest.raises(TypeError, match=r"x is a dict; it must be a torch\.Tensor"):
             other(model, x, y)
