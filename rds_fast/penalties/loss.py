@@ -270,6 +270,7 @@ class PenalizedLoss:
         )
 
 
+@uncompiled  # the compiler cannot trace the signature's inspection
 def _check_penalty(penalty: Any) -> None:
     per_sample = getattr(penalty, "per_sample", penalty)
     if callable(per_sample) and not isinstance(penalty, type):

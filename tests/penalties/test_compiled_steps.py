@@ -61,11 +61,16 @@ def _adversarial(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return functional.cross_entropy(model(evaluation.pgd(model, x, y, 0.1, steps=1, bounds=ANYWHERE)), y)
 
 
+def _sensitivity(shared: rds_fast.SharedForward) -> Tensor:
+    return shared.gradient("target_logit").flatten(1).abs().sum(1)
+
+
 # What people write around the penalty is compiled: a loss and a forward of their own, and sums with ours.
 STEPS: dict[str, Step] = {
     "density_penalty": lambda model, x, y: functional.cross_entropy(model(x), y) + rds_fast.density_penalty(model, x),
     "log_density": lambda model, x, y: 2 * rds_fast.log_density(model, x).mean(),
     "made inside": lambda model, x, y: rds_fast.PenalizedLoss(rds_fast.DensityPenalty(p=1), 0.3)(model, x, y).total,
+    "of one's own": lambda model, x, y: rds_fast.PenalizedLoss(_sensitivity, 0.3)(model, x, y).total,
     "fast_double_backward": lambda model, x, y: functional.cross_entropy(model(x), y) + _gradient_penalty(model, x),
     "integrated_gradients": _integrated,
     "pgd": _adversarial,
