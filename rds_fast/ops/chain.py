@@ -218,7 +218,7 @@ class ChainBackward(Function):
                     u, kept.ys[number], z, *affine, g
                 )
                 if masked_u is not None:
-                    us[number] = masked_u.detach()
+                    us[number] = masked_u.view_as(masked_u)
                 if number == n - 1 and chain.residual >= 0:
                     residual_gradient = u.view_as(u) if masked_u is None else masked_u
             u = g

@@ -153,6 +153,18 @@ def test_functional_calls_and_transforms(calls) -> None:
     torch.testing.assert_close(each, plain(X))
 
 
+def test_cotangents_in_a_batch() -> None:
+    """``is_grads_batched`` runs the backward under vmap."""
+    found = []
+    plain = small_resnet()
+    for model in (plain, fuse(plain)):
+        x = X.clone().requires_grad_()
+        output = model(x)
+        cotangents = torch.eye(5)[:, None].expand(5, 2, 5)
+        found += torch.autograd.grad(output, x, cotangents, is_grads_batched=True)
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_autocast_gives_the_same_dtypes() -> None:
     plain = small_resnet()
     with torch.autocast("cpu", torch.bfloat16):
