@@ -85,7 +85,7 @@ def does_nothing(layer: Layer) -> bool:
         return not layer.training  # type: ignore[union-attr]
     if isinstance(layer, str) or type(layer) in _KNOWN_FORWARDS:
         return type(layer) is nn.Identity
-    return returns_its_argument(layer)
+    return returns_its_argument(layer) is True
 
 
 def expanded(layers: Sequence[Layer]) -> Sequence[Layer]:
@@ -241,6 +241,8 @@ class _Preparation:
 
     def _multiply(self, module: Any) -> bool:
         """A product; the shape is that of its result from then on."""
+        if not _has(module._parameters, "weight", "bias"):
+            return False
         weight, bias = module._parameters["weight"], module._parameters["bias"]
         if self.autocast is not None and self.dtype != self.autocast:
             if self.stages:
@@ -279,6 +281,8 @@ class _Preparation:
 
     def _normalise(self, module: Any, *, relu: bool) -> bool:
         affine, buffers = module._parameters, module._buffers
+        if not (_has(affine, "weight", "bias") and _has(buffers, "running_mean", "running_var", "num_batches_tracked")):
+            return False
         mean, var = buffers["running_mean"], buffers["running_var"]
         weight, bias = affine["weight"], affine["bias"]
         training = module.training or (mean is None and var is None)
@@ -325,6 +329,11 @@ class _Preparation:
             return False
         self.place_of_residual = 0 if residual is self.tensors[0] else append(self.tensors, residual)
         return True
+
+
+def _has(tensors: Any, *names: str) -> bool:
+    """Whether a layer's tensors are where it was made with them: some wrappers put plain attributes in their place."""
+    return all(name in tensors for name in names)
 
 
 @functools.cache

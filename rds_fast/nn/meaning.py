@@ -2,15 +2,18 @@
 
 A module may do nothing as it is now (a drop path whose rate is 0, or in eval mode), or may be a batch norm that goes on
 to call further layers (a norm with an activation). The answers depend on the class, on the mode and on the numbers,
-flags and words among the module's attributes, and are kept by these.
+flags and words among the attributes of module and class, and are kept by these. A module that holds anything else, such
+as a list of functions or of what it has seen, is not asked.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import operator
 import random
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -20,29 +23,48 @@ from torch.nn import functional
 
 T = TypeVar("T")
 
-_SIMPLE = (bool, int, float, str, type(None))
+_SIMPLE = frozenset((bool, int, float, str, type(None)))
+_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _answers: dict[Any, Any] = {}
 
 
-def _kept(question: Callable[[nn.Module], T]) -> Callable[[nn.Module], T]:
-    """The question, asked once for all modules that are alike."""
+@functools.cache
+def _class_attributes(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The names of what a class and those above it hold besides methods, up to PyTorch's own."""
+    own = [parent for parent in kind.__mro__ if not parent.__module__.startswith(("torch.", "builtins"))]
+    names = {name: value for parent in own for name, value in vars(parent).items() if not name.startswith("__")}
+    return tuple(name for name, value in names.items() if type(value) in (*_SIMPLE, tuple, list, dict, set))
+
+
+def _kept(question: Callable[[nn.Module], T | None]) -> Callable[[nn.Module], T | None]:
+    """The question, asked once for all modules that are alike; None for one with attributes that a key cannot hold."""
 
     @functools.wraps(question)
-    def ask(module: nn.Module) -> T:
+    def ask(module: nn.Module) -> T | None:
         kind = type(module)
-        plain = tuple([value for value in vars(module).values() if type(value) in _SIMPLE])
-        key = question, kind, kind.forward, plain, tuple(module._modules)
-        if key not in _answers:
-            _answers[key] = question(module)
-        answer: T = _answers[key]
+        key: list[Any] = [question, kind, kind.forward, *module._modules]
+        for name, value in vars(module).items():
+            if name not in _INTERNAL:
+                if type(value) not in _SIMPLE:
+                    return None
+                key += name, type(value), value
+        for name in _class_attributes(kind):  # type: ignore[arg-type]  # mypy thinks that a class has no hash
+            value = getattr(module, name)
+            if type(value) not in _SIMPLE:
+                return None
+            key += type(value), value
+        known = tuple(key)
+        if known not in _answers:
+            _answers[known] = question(module)
+        answer: T | None = _answers[known]
         return answer
 
     return ask
 
 
 @_kept
-def returns_its_argument(module: nn.Module) -> bool:
-    """Whether a module, as it is now, does nothing."""
+def returns_its_argument(module: nn.Module) -> bool | None:
+    """Whether a module, as it is now, is known to do nothing."""
     graph = _trace(module)
     if graph is None:
         return False
@@ -63,17 +85,39 @@ def _trace(module: nn.Module) -> fx.Graph | None:
     if type(module).__module__.startswith("torch.nn."):
         return None
     state, attributes = random.getstate(), dict(vars(module))
+    tracer = _Tracer()
     try:
         with torch.random.fork_rng(devices=()):
-            graph = _Tracer().trace(module)
+            graph = tracer.trace(module)
     except Exception:  # whatever the forward raises when it is given symbols
         return None
     drew = random.getstate() != state
     random.setstate(state)
-    return None if drew or dict(vars(module)) != attributes else graph
+    return None if drew or dict(vars(module)) != attributes or tracer.leaked() else graph
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
+    """A tracer that knows whether anybody kept a value: a forward that hands its values out does more than a graph."""
+
+    kind = fx.Proxy
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[weakref.ref[fx.Proxy]] = []
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        proxy = self.kind(node, self)
+        self.made.append(weakref.ref(proxy))
+        return proxy
+
+    def leaked(self) -> bool:
+        """Whether a symbol outlives the trace."""
+        if any(proxy() is not None for proxy in self.made):
+            gc.collect()  # a cycle may hold it
+        return any(proxy() is not None for proxy in self.made)
+
+
+class _Tracer(Tracer):
     proxy_buffer_attributes = True
     param_shapes_constant = True
 
@@ -89,10 +133,12 @@ def _after(module: Any, graph: fx.Graph) -> tuple[str, ...] | None:
     (placeholder,) = (node for node in graph.nodes if node.op == "placeholder")
     names: list[str] = []
     value: fx.Node | None = None
+    counts = 0
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr") or (node.op == "call_function" and node.target in _CHECKS):
             continue
         if node.op == "call_method" and node.target == "add_" and _name(node.args[0]) == "num_batches_tracked":
+            counts += 1 if node.args[1:] == (1,) and not node.kwargs else 2
             continue
         if node.target is functional.batch_norm and value is None and _is_own(module, placeholder, node):
             value = node
@@ -100,7 +146,7 @@ def _after(module: Any, graph: fx.Graph) -> tuple[str, ...] | None:
             names.append(str(node.target))
             value = node
         elif node.op == "output" and node.args == (value,):
-            return tuple(names)
+            return tuple(names) if counts == (module.training and module.track_running_stats) else None
         else:
             return None
     return None

@@ -161,6 +161,8 @@ class Patterns:
         layer = self.called(node)
         if layer is None or self._layer(node) is None or layer in modules:
             return False
+        if _may_draw(layer) and any(map(_may_draw, modules)):
+            return False  # in another mode, when the order of their random numbers matters
         if not getattr(layer, "inplace", False):
             return True
         value: Any = node.args[0]  # new, and nobody else's
@@ -232,6 +234,11 @@ def _text(layer: Layer) -> str:
     if type(layer) is nn.Linear:
         return "linear"
     return "convolution" if is_product(layer) else type(layer).__name__
+
+
+def _may_draw(module: nn.Module) -> bool:
+    """Whether a module that does nothing now may be one that draws random numbers once its mode is another."""
+    return does_nothing(module) and type(module) is not nn.Identity
 
 
 def _is_add(node: fx.Node) -> bool:

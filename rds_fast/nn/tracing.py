@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .layers import is_norm, is_product, is_watched
+from .meaning import Tracer
 from .modules import Seen, original_class
 
 
@@ -60,7 +61,8 @@ for _name in (
     setattr(_Proxy, f"__i{_name}__", _recorded(getattr(operator, f"i{_name}")))
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
+    kind = _Proxy
     proxy_buffer_attributes = True
 
     def __init__(self, module: nn.Module, names: list[str], arguments: type) -> None:
@@ -72,9 +74,6 @@ class _Tracer(fx.Tracer):
         self.modes = _modes()
         self.placeholders: set[int] = set()
         self.seen = {"": Seen("", original_class(module), tuple(module._modules))}
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if not _is_part(m):
@@ -172,6 +171,8 @@ def _trace(module: nn.Module, names: list[str], training: bool, arguments: type)
         raise Untraceable(f"{type(error).__name__}: {line}") from error
     finally:
         module.training = was_training
+    if tracer.leaked():
+        raise Untraceable("it keeps a value that it computes outside of its modules")
     return graph, tracer
 
 
@@ -192,36 +193,41 @@ def _answering(tracer: _Tracer, module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_side_effects(module: nn.Module) -> Iterator[None]:
-    """Undo what a forward does to its module and to the random generators, and refuse to go on if it did anything."""
-    attributes = dict(vars(module))
-    contents = {name: dict(value) for name, value in attributes.items() if isinstance(value, dict)}
+    """Undo what a forward does to its modules and to the random generators, and refuse to go on if it did anything."""
+    holders: list[Any] = [vars(below) for below in module.modules()]
+    holders += [value for holder in holders for value in holder.values() if isinstance(value, (dict, list, set))]
+    before = [(holder, holder.copy()) for holder in holders]
     python, generator = random.getstate(), torch.get_rng_state()
+    changed: str | None = None
     try:
         yield
     finally:
-        changed = _changed(attributes, vars(module)) or next(
-            (name for name, content in contents.items() if _changed(content, attributes[name])), None
-        )
-        if changed is not None:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for name, content in contents.items():
-                attributes[name].clear()
-                attributes[name].update(content)
+        for holder, content in before:
+            name = _changed(content, holder)
+            if name is not None:
+                changed = changed or name
+                holder.clear()
+                holder.extend(content) if isinstance(holder, list) else holder.update(content)
         drew = random.getstate() != python or not torch.equal(torch.get_rng_state(), generator)
         random.setstate(python)
         torch.set_rng_state(generator)
     if changed is not None:
-        raise Untraceable(f"it sets the attribute {changed}")
+        raise Untraceable(f"it sets {changed}")
     if drew:
         raise Untraceable("it draws random numbers")
 
 
-def _changed(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """A name whose value is not the same object any more."""
-    missing = object()
-    names = before.keys() | now.keys()
-    return next((name for name in names if before.get(name, missing) is not now.get(name, missing)), None)
+def _changed(before: Any, now: Any) -> str | None:
+    """What is not the same object any more, of two states of a dict, list or set; in words."""
+    if isinstance(now, dict):
+        missing = object()
+        names = before.keys() | now.keys()
+        name = next((name for name in names if before.get(name, missing) is not now.get(name, missing)), None)
+        return None if name is None else f"the attribute {name}"
+    if isinstance(now, set):
+        return None if before == now else "what is in a set"
+    same = len(before) == len(now) and all(map(operator.is_, before, now))
+    return None if same else "what is in a list"
 
 
 def is_container(module: nn.Module) -> bool:

@@ -180,6 +180,27 @@ def test_two_addends_whose_order_matters_to_the_running_statistics(assert_equal,
     assert_equal(plain, fused, X)
 
 
+def test_the_random_numbers_of_two_branches_are_drawn_in_their_order(assert_equal, random_model) -> None:
+    """Also where a model was in eval mode when it was traced, and its dropouts alone are not."""
+
+    class Dropped(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.BatchNorm2d(4)
+            self.first, self.second = nn.Dropout(), nn.Dropout()
+
+        def forward(self, x):
+            first = self.first(self.bn(self.conv(x)))
+            return self.relu(first + self.second(self.other(x)))
+
+    plain = random_model(Dropped())
+    fused = fuse(plain)
+    for model in (plain, fused):
+        model.eval()
+        model.first.train(), model.second.train()
+    assert_equal(plain, fused, X)
+
+
 def test_shared_modules(assert_equal, random_model, calls) -> None:
     block = Block()
     plain = random_model(nn.Sequential(block, block, nn.Conv2d(4, 4, 1), block.bn, block.relu, block.bn))
@@ -251,6 +272,24 @@ def _remembers(self, x):
     return self.relu(self.bn(x))
 
 
+def _remembers_in_a_list(self, x):
+    self.list.append(x)
+    return self.relu(self.bn(x))
+
+
+def _remembers_in_a_child(self, x):
+    self.relu.seen = x
+    return self.relu(self.bn(x))
+
+
+KEPT = {}
+
+
+def _remembers_elsewhere(self, x):
+    KEPT["x"] = self.conv(x)
+    return self.relu(self.bn(x))
+
+
 def _without_gradient(self, x):
     with torch.no_grad():
         x = self.relu(self.bn(x))
@@ -275,6 +314,9 @@ def _checkpoints(self, x):
     [
         (_random_depth, "draws random numbers"),
         (_remembers, "sets the attribute seen"),
+        (_remembers_in_a_list, "sets what is in a list"),
+        (_remembers_in_a_child, "sets the attribute seen"),
+        (_remembers_elsewhere, "keeps a value that it computes outside of its modules"),
         (_without_gradient, "switches gradients, autocast or saved-tensor hooks"),
         (_in_single_precision, "switches gradients, autocast or saved-tensor hooks"),
         (_asks_for_a_type, "asks for the type of a value that it computes"),
@@ -284,11 +326,14 @@ def _checkpoints(self, x):
 )
 def test_a_forward_that_a_graph_cannot_say_is_left(forward, reason) -> None:
     model = type("Odd", (Block,), {"forward": forward})()
+    model.list = []
     before, state = dict(vars(model)), random.getstate()
     (left,) = fusion_report(model).left
     assert left.reason.startswith("the forward of Odd cannot be traced")
     assert reason in left.reason
     assert dict(vars(model)) == before
+    assert not model.list
+    assert not hasattr(model.relu, "seen")
     assert random.getstate() == state
     assert type(fuse(model)).__name__ == "Odd"
 
@@ -338,6 +383,90 @@ def test_subclasses_and_synchronised_batch_norm_are_left() -> None:
         "2": "SyncBatchNorm has a forward of its own",
         "4": "LazyBatchNorm2d has a forward of its own",
     }
+
+
+class Chosen(nn.Module):
+    """Does nothing, or something: what it or its class holds decides."""
+
+    scale = None
+
+    def __init__(self, **attributes) -> None:
+        super().__init__()
+        vars(self).update(attributes)
+
+    def forward(self, x):
+        for function in vars(self).get("functions", ()):
+            x = function(x)
+        x = x if self.scale is None else self.scale * x
+        return 2 * x if vars(self).get("doubles") else x
+
+
+class Watching(nn.Module):
+    """Does nothing to what it sees, but keeps it in a list of its own or, without one, elsewhere."""
+
+    def __init__(self, **attributes) -> None:
+        super().__init__()
+        vars(self).update(attributes)
+
+    def forward(self, x):
+        vars(self).get("seen", WATCHED).append(x)
+        return x
+
+
+WATCHED = []
+
+
+class Uncounted(nn.BatchNorm2d):
+    """Does not count its batches."""
+
+    def forward(self, x):
+        mean, var = self.running_mean, self.running_var
+        return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps)
+
+
+def between(layer: nn.Module, norm=nn.BatchNorm2d) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(4, 4, 3), norm(4), layer, nn.ReLU())
+
+
+def test_what_does_nothing_in_one_module_may_do_something_in_another(assert_equal, random_model, monkeypatch) -> None:
+    plain = random_model(between(Chosen()))
+    fused = fuse(plain)
+    assert fusions(fused) == {"1": "convolution → batch norm → ReLU"}
+    monkeypatch.setattr(Chosen, "scale", 3.0)
+    assert_equal(plain, fused, X)
+    monkeypatch.undo()
+    for attributes in ({"functions": []}, {"functions": [torch.sigmoid]}, {"halves": True}, {"doubles": True}):
+        plain = random_model(between(Chosen(**attributes)))
+        assert_equal(plain, fuse(plain), X)
+
+
+@pytest.mark.parametrize("attributes", [{"seen": []}, {}])
+def test_a_module_that_keeps_what_it_sees_is_called(attributes, random_model) -> None:
+    fused = fuse(random_model(between(Watching(**attributes))))
+    assert fusions(fused) == {"1": "convolution → batch norm"}
+    seen = vars(fused[2]).get("seen", WATCHED)
+    WATCHED.clear()
+    fused(X)
+    (value,) = seen
+    assert value.shape == (3, 4, 3, 3)
+
+
+def test_a_batch_norm_that_does_not_count_its_batches_is_left(assert_equal, random_model) -> None:
+    plain = random_model(between(nn.Identity(), Uncounted))
+    fused = fuse(plain)
+    assert fusions(fused) == {"1": "Uncounted has a forward of its own"}
+    assert_equal(plain, fused, X)
+
+
+@pytest.mark.parametrize(("layer", "name"), [(0, "weight"), (1, "bias"), (1, "running_mean")])
+def test_a_tensor_put_in_the_place_of_a_parameter_or_buffer(layer, name, assert_equal, random_model) -> None:
+    plain = random_model(between(nn.Identity()))
+    fused = fuse(plain)
+    for model in (plain, fused):
+        tensor = getattr(model[layer], name).detach().clone()
+        delattr(model[layer], name)
+        setattr(model[layer], name, tensor)
+    assert_equal(plain, fused, X)
 
 
 class DropPath(nn.Module):
