@@ -338,8 +338,8 @@ def _take_to_stage_before(
 
 
 def _put(gradients: list[Any], place: int, gradient: Tensor | None) -> None:
-    """Add a gradient to the one that is there."""
-    if gradient is not None:
+    """Add a gradient to the one that is there. What has no place may be of another shape than what was there."""
+    if gradient is not None and place >= 0:
         present = gradients[place]
         gradients[place] = gradient if present is None else present + gradient
 

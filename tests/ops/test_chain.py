@@ -43,6 +43,11 @@ def _layers(name: str) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
         "pre-activation": ((_norm(), relu, conv(4, 4, 3), _norm(), nn.Identity(), relu, conv(4, 3, 1)), image),
         "linear bottleneck": ((conv(4, 4, 1), _norm(), relu, conv(4, 4, 1), _norm(), "add"), image),
         "norms alone": ((conv(4, 4, 1), _norm(affine=False), conv(4, 4, 3, padding=1), _norm(), "relu"), image),
+        "widths": (
+            (conv(4, 6, 1), _norm(channels=6, affine=False), relu, conv(6, 5, 1), _norm(channels=5, affine=False), relu,
+             conv(5, 2, 1)),
+            image,
+        ),
         "added norm": ((_norm(), "add", relu), image),
         "without norms": ((conv(4, 5, 3), relu, conv(5, 4, 2), "relu", conv(4, 4, 2), relu), image),
         "perceptron": (
@@ -61,8 +66,8 @@ def _layers(name: str) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
 
 
 NAMES = [
-    *("basic block", "bottleneck", "strided", "pre-activation", "linear bottleneck", "norms alone", "added norm"),
-    *("without norms", "perceptron", "many rows", "transposed", "1d", "3d"),
+    *("basic block", "bottleneck", "strided", "pre-activation", "linear bottleneck", "norms alone", "widths"),
+    *("added norm", "without norms", "perceptron", "many rows", "transposed", "1d", "3d"),
 ]
 
 
