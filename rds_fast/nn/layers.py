@@ -225,7 +225,7 @@ class _Preparation:
                 return None
         if self.counters:
             torch._foreach_add_(self.counters, 1)
-        return _CHAIN(tuple(self.stages), self.place_of_residual), self.running, *self.tensors
+        return Chain(tuple(self.stages), self.place_of_residual), self.running, *self.tensors
 
     place_of_residual = -1
 
@@ -341,8 +341,10 @@ def _dimensions(kind: Any) -> tuple[int, ...]:
     return next(dimensions for norm, dimensions in _NORMS.items() if issubclass(kind, norm))
 
 
-# What does not change from step to step is made once: a NamedTuple's constructor is Python.
-_STAGE, _CHAIN = functools.lru_cache(4096)(Stage), functools.lru_cache(4096)(Chain)
+# What does not change from step to step is made once: a NamedTuple's constructor is Python. Told apart by type too, as
+# tuples of two classes are equal if they hold the same: two kinds of activation, for example. A chain is made anew: in
+# the stages that it holds, types would not be compared.
+_STAGE = functools.lru_cache(4096, typed=True)(Stage)
 _BATCH_NORM = functools.lru_cache(4096)(BatchNorm)
 _LINEAR, _RECTIFIED = Linear(), Rectified()
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from rds_fast import use_backend
-from rds_fast.nn.layers import Layer, chain
+from rds_fast.nn.layers import _RECTIFIED, _STAGE, Layer, chain
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -183,3 +183,13 @@ def test_frozen_parameters(name: str) -> None:
     case.leaves = [case.x, *case.parameters]
     for ask in (penalty, of_all_gradients):
         case.check(ask)
+
+
+def test_stages_that_hold_the_same_numbers_are_told_apart() -> None:
+    class Other(NamedTuple):
+        """Equal to every other tuple of nothing."""
+
+    first, second = _RECTIFIED, Other()
+    assert first == second
+    assert _STAGE(None, first).rest is first
+    assert _STAGE(None, second).rest is second
