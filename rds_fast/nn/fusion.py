@@ -28,7 +28,8 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     layers by hooks, is left as it is; ``fusion_report`` says why. What a forward reads is fixed when it is traced. If
     the module's own attributes or submodules change later, the original forward runs; call ``fuse`` again to have it
     fused anew. Not noticed is what lies deeper: the contents of a list, dict or ModuleList, an attribute of a child
-    that the parent's forward reads, a global.
+    that the parent's forward reads, a global. A forward that keeps what it computes is left as it is; but if it keeps
+    it elsewhere than in its modules' attributes, in a global for example, a symbol of the trace stays there.
 
     Of two batch norms that are added (a residual block with a projection) one takes the addition in: the one called by
     the block itself before one at the end of a Sequential, else the one computed last. The other branch is computed
