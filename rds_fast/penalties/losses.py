@@ -206,6 +206,8 @@ def mean_of_counted(cross_entropy: Tensor, y: Tensor, sample_weight: Tensor | No
     if y.is_floating_point():
         return weighted_mean(cross_entropy, sample_weight)
     counted = y != IGNORED
-    if sample_weight is None:
+    if sample_weight is None and cross_entropy.dtype == torch.float16:  # whose sum may overflow where the mean does not
         return (precise(cross_entropy).sum() / counted.sum()).to(cross_entropy.dtype)
+    if sample_weight is None:
+        return cross_entropy.sum() / counted.sum()
     return weighted_mean(cross_entropy, sample_weight * counted)
